@@ -1,0 +1,339 @@
+//! AVX-512 F, BW, DQ and VL.
+
+#[allow(clippy::wildcard_imports)] // a hundred intrinsics, whose names cannot be mistaken
+use core::arch::x86_64::*;
+
+use super::avx2::{F32x8, F64x4};
+use super::{Isa, Kernel, Level, Mask, Vector};
+
+/// Proof that this machine has the level.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(());
+
+/// Sixteen `f32`.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub(crate) struct F32x16(__m512);
+
+/// Eight `f64`.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub(crate) struct F64x8(__m512d);
+
+/// One bit per lane of an [`F32x16`].
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub(crate) struct Mask16(__mmask16);
+
+/// One bit per lane of an [`F64x8`].
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub(crate) struct Mask8(__mmask8);
+
+impl Avx512 {
+    /// The token, if this machine and its operating system have every feature that [`Avx512::run`] enables.
+    #[inline]
+    pub(crate) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("popcnt");
+        found.then_some(Self(()))
+    }
+
+    /// Runs `kernel` compiled for this level.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,popcnt")]
+        fn shim<K: Kernel>(isa: Avx512, kernel: K) -> K::Output {
+            kernel.run(isa)
+        }
+        // SAFETY: the token exists, so `detect` found all of these features.
+        unsafe { shim(self, kernel) }
+    }
+}
+
+impl Isa for Avx512 {
+    type F32 = F32x16;
+    type F64 = F64x8;
+    const LEVEL: Level = Level::Avx512;
+
+    #[inline(always)]
+    fn widen(self, v: F32x16) -> (F64x8, F64x8) {
+        // SAFETY: the token proves AVX-512 F and DQ.
+        unsafe { (F64x8(_mm512_cvtps_pd(_mm512_castps512_ps256(v.0))), F64x8(_mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(v.0)))) }
+    }
+    #[inline(always)]
+    fn narrow(self, lo: F64x8, hi: F64x8) -> F32x16 {
+        // SAFETY: the token proves AVX-512 F and DQ.
+        unsafe { F32x16(_mm512_insertf32x8::<1>(_mm512_castps256_ps512(_mm512_cvtpd_ps(lo.0)), _mm512_cvtpd_ps(hi.0))) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, src: *const u16) -> F32x16 {
+        // SAFETY: the token proves AVX-512 F; the caller promises sixteen readable elements.
+        unsafe { F32x16(_mm512_cvtph_ps(_mm256_loadu_si256(src.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, v: F32x16, dst: *mut u16) {
+        const NEAREST_EVEN: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: the token proves AVX-512 F; the caller promises sixteen writable elements.
+        unsafe { _mm256_storeu_si256(dst.cast(), _mm512_cvtps_ph::<NEAREST_EVEN>(v.0)) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, src: *const u16) -> F32x16 {
+        // SAFETY: the token proves AVX-512 F; the caller promises sixteen readable elements.
+        unsafe {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(src.cast()));
+            F32x16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, v: F32x16, dst: *mut u16) {
+        // SAFETY: the token proves AVX-512 F; the caller promises sixteen writable elements.
+        unsafe {
+            // In integers, because the conversion of AVX512_BF16 flushes subnormals. A carry out of the mantissa is the right rounding.
+            let bits = _mm512_castps_si512(v.0);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v.0, v.0);
+            let words = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+            _mm256_storeu_si256(dst.cast(), _mm512_cvtepi32_epi16(words));
+        }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: SSE is part of x86-64.
+        unsafe { _mm_sfence() }
+    }
+}
+
+macro_rules! mask {
+    ($mask:ident) => {
+        impl Mask for $mask {
+            #[inline(always)]
+            fn any(self) -> bool {
+                self.0 != 0
+            }
+            #[inline(always)]
+            fn count(self) -> usize {
+                self.0.count_ones() as usize
+            }
+            #[inline(always)]
+            fn bits(self) -> u64 {
+                u64::from(self.0)
+            }
+            #[inline(always)]
+            fn and(self, rhs: Self) -> Self {
+                Self(self.0 & rhs.0)
+            }
+        }
+    };
+}
+mask!(Mask16);
+mask!(Mask8);
+
+/// The lowest `n` bits.
+#[inline(always)]
+fn first(n: usize) -> u32 {
+    (1 << n) - 1
+}
+
+operators!(F32x16, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_div_ps, -self = _mm512_xor_ps(self.0, _mm512_set1_ps(-0.0)));
+operators!(F64x8, _mm512_add_pd, _mm512_sub_pd, _mm512_mul_pd, _mm512_div_pd, -self = _mm512_xor_pd(self.0, _mm512_set1_pd(-0.0)));
+
+impl Vector for F32x16 {
+    type Elem = f32;
+    type Isa = Avx512;
+    type Mask = Mask16;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    fn splat(_isa: Avx512, x: f32) -> Self {
+        // SAFETY: the token proves AVX-512 F.
+        Self(unsafe { _mm512_set1_ps(x) })
+    }
+    #[inline(always)]
+    unsafe fn load(_isa: Avx512, src: *const f32) -> Self {
+        // SAFETY: the token proves AVX-512 F; the caller promises the memory.
+        Self(unsafe { _mm512_loadu_ps(src) })
+    }
+    #[inline(always)]
+    unsafe fn load_partial(isa: Avx512, src: *const f32, n: usize, fill: f32) -> Self {
+        debug_assert!(n <= Self::LANES);
+        // SAFETY: the token proves AVX-512 F; masked lanes are not accessed, the caller promises the others.
+        Self(unsafe { _mm512_mask_loadu_ps(Self::splat(isa, fill).0, first(n) as __mmask16, src) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, dst: *mut f32) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F; the caller promises the memory.
+        unsafe { _mm512_storeu_ps(dst, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(self, dst: *mut f32, n: usize) {
+        debug_assert!(n <= Self::LANES);
+        // SAFETY: a vector implies the token, which proves AVX-512 F; masked lanes are not accessed, the caller promises the others.
+        unsafe { _mm512_mask_storeu_ps(dst, first(n) as __mmask16, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, dst: *mut f32) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F; the caller promises the memory and its alignment.
+        unsafe { _mm512_stream_ps(dst, self.0) }
+    }
+
+    intrinsics! {
+        fn mul_add(self, a, b) = _mm512_fmadd_ps, F32x16;
+        fn mul_sub(self, a, b) = _mm512_fmsub_ps, F32x16;
+        fn neg_mul_add(self, a, b) = _mm512_fnmadd_ps, F32x16;
+        fn max(self, rhs) = _mm512_max_ps, F32x16;
+        fn min(self, rhs) = _mm512_min_ps, F32x16;
+        fn abs(self) = _mm512_abs_ps, F32x16;
+        fn eq(self, rhs) = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>, Mask16;
+        fn ne(self, rhs) = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>, Mask16;
+        fn lt(self, rhs) = _mm512_cmp_ps_mask::<_CMP_LT_OQ>, Mask16;
+        fn le(self, rhs) = _mm512_cmp_ps_mask::<_CMP_LE_OQ>, Mask16;
+    }
+    #[inline(always)]
+    fn scale2(self, d: Self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            // Where the result is subnormal or underflows by little, the instruction takes a hundred times as long; such lanes become zero.
+            // NaN in d passes the comparison.
+            let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(d.0, _mm512_set1_ps(-126.0));
+            Self(_mm512_maskz_scalef_ps(normal, self.0, d.0))
+        }
+    }
+    #[inline(always)]
+    fn frexp(self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            // The exponent counts how many whole octaves lie above sqrt(1/2); taking them off leaves f.
+            let bits = _mm512_castps_si512(self.0);
+            let sqrt_half = _mm512_set1_epi32(core::f32::consts::FRAC_1_SQRT_2.to_bits().cast_signed());
+            let e = _mm512_srai_epi32::<23>(_mm512_sub_epi32(bits, sqrt_half));
+            let f = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32::<23>(e)));
+            let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, _mm512_set1_ps(f32::INFINITY));
+            (Self(f), Self(_mm512_mask_cvtepi32_ps(self.0, finite, e)))
+        }
+    }
+    #[inline(always)]
+    fn select(mask: Mask16, a: Self, b: Self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_mask_blend_ps(mask.0, b.0, a.0) })
+    }
+    #[inline(always)]
+    fn add_where(self, mask: Mask16, x: Self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_mask_add_ps(self.0, mask.0, self.0, x.0) })
+    }
+    #[inline(always)]
+    fn reduce_sum(self) -> f32 {
+        // SAFETY: a vector implies the token, which proves AVX-512 F and DQ, and AVX2 for the halves.
+        unsafe { F32x8(_mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))).reduce_sum() }
+    }
+    #[inline(always)]
+    fn reduce_max(self) -> f32 {
+        // SAFETY: a vector implies the token, which proves AVX-512 F and DQ, and AVX2 for the halves.
+        unsafe { F32x8(_mm256_max_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))).reduce_max() }
+    }
+}
+
+impl Vector for F64x8 {
+    type Elem = f64;
+    type Isa = Avx512;
+    type Mask = Mask8;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    fn splat(_isa: Avx512, x: f64) -> Self {
+        // SAFETY: the token proves AVX-512 F.
+        Self(unsafe { _mm512_set1_pd(x) })
+    }
+    #[inline(always)]
+    unsafe fn load(_isa: Avx512, src: *const f64) -> Self {
+        // SAFETY: the token proves AVX-512 F; the caller promises the memory.
+        Self(unsafe { _mm512_loadu_pd(src) })
+    }
+    #[inline(always)]
+    unsafe fn load_partial(isa: Avx512, src: *const f64, n: usize, fill: f64) -> Self {
+        debug_assert!(n <= Self::LANES);
+        // SAFETY: the token proves AVX-512 F; masked lanes are not accessed, the caller promises the others.
+        Self(unsafe { _mm512_mask_loadu_pd(Self::splat(isa, fill).0, first(n) as __mmask8, src) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, dst: *mut f64) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F; the caller promises the memory.
+        unsafe { _mm512_storeu_pd(dst, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(self, dst: *mut f64, n: usize) {
+        debug_assert!(n <= Self::LANES);
+        // SAFETY: a vector implies the token, which proves AVX-512 F; masked lanes are not accessed, the caller promises the others.
+        unsafe { _mm512_mask_storeu_pd(dst, first(n) as __mmask8, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, dst: *mut f64) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F; the caller promises the memory and its alignment.
+        unsafe { _mm512_stream_pd(dst, self.0) }
+    }
+
+    intrinsics! {
+        fn mul_add(self, a, b) = _mm512_fmadd_pd, F64x8;
+        fn mul_sub(self, a, b) = _mm512_fmsub_pd, F64x8;
+        fn neg_mul_add(self, a, b) = _mm512_fnmadd_pd, F64x8;
+        fn max(self, rhs) = _mm512_max_pd, F64x8;
+        fn min(self, rhs) = _mm512_min_pd, F64x8;
+        fn abs(self) = _mm512_abs_pd, F64x8;
+        fn eq(self, rhs) = _mm512_cmp_pd_mask::<_CMP_EQ_OQ>, Mask8;
+        fn ne(self, rhs) = _mm512_cmp_pd_mask::<_CMP_NEQ_UQ>, Mask8;
+        fn lt(self, rhs) = _mm512_cmp_pd_mask::<_CMP_LT_OQ>, Mask8;
+        fn le(self, rhs) = _mm512_cmp_pd_mask::<_CMP_LE_OQ>, Mask8;
+    }
+    #[inline(always)]
+    fn scale2(self, d: Self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            // As for f32.
+            let normal = _mm512_cmp_pd_mask::<_CMP_NLT_UQ>(d.0, _mm512_set1_pd(-1022.0));
+            Self(_mm512_maskz_scalef_pd(normal, self.0, d.0))
+        }
+    }
+    #[inline(always)]
+    fn frexp(self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F and DQ.
+        unsafe {
+            // As for f32.
+            let bits = _mm512_castpd_si512(self.0);
+            let sqrt_half = _mm512_set1_epi64(core::f64::consts::FRAC_1_SQRT_2.to_bits().cast_signed());
+            let e = _mm512_srai_epi64::<52>(_mm512_sub_epi64(bits, sqrt_half));
+            let f = _mm512_castsi512_pd(_mm512_sub_epi64(bits, _mm512_slli_epi64::<52>(e)));
+            let finite = _mm512_cmp_pd_mask::<_CMP_LT_OQ>(self.0, _mm512_set1_pd(f64::INFINITY));
+            (Self(f), Self(_mm512_mask_cvtepi64_pd(self.0, finite, e)))
+        }
+    }
+    #[inline(always)]
+    fn select(mask: Mask8, a: Self, b: Self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_mask_blend_pd(mask.0, b.0, a.0) })
+    }
+    #[inline(always)]
+    fn add_where(self, mask: Mask8, x: Self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_mask_add_pd(self.0, mask.0, self.0, x.0) })
+    }
+    #[inline(always)]
+    fn reduce_sum(self) -> f64 {
+        // SAFETY: a vector implies the token, which proves AVX-512 F, and AVX2 for the halves.
+        unsafe { F64x4(_mm256_add_pd(_mm512_castpd512_pd256(self.0), _mm512_extractf64x4_pd::<1>(self.0))).reduce_sum() }
+    }
+    #[inline(always)]
+    fn reduce_max(self) -> f64 {
+        // SAFETY: a vector implies the token, which proves AVX-512 F, and AVX2 for the halves.
+        unsafe { F64x4(_mm256_max_pd(_mm512_castpd512_pd256(self.0), _mm512_extractf64x4_pd::<1>(self.0))).reduce_max() }
+    }
+}
