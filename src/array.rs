@@ -1,0 +1,775 @@
+//! The array boundary: strided views of memory that somebody else owns, and the bounds-checked spans that kernels read and write.
+//!
+//! `unsafe` lives here and in [`crate::simd`] only. Whoever makes an [`Array`] or [`Out`] from a pointer promises, once, that every
+//! element its shape and strides reach is valid memory for `'a`; everything behind that promise is checked.
+
+use core::marker::PhantomData;
+
+use half::{bf16, f16};
+use smallvec::SmallVec;
+
+use crate::simd::{Isa, Vector};
+
+/// Lengths or strides, one per axis.
+pub type Dims<T> = SmallVec<[T; 4]>;
+
+/// Element types the core reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum DType {
+    F16,
+    Bf16,
+    F32,
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    U8,
+    U16,
+    U32,
+    U64,
+    Bool,
+}
+
+impl DType {
+    /// Bytes per element.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::I8 | Self::U8 | Self::Bool => 1,
+            Self::F16 | Self::Bf16 | Self::I16 | Self::U16 => 2,
+            Self::F32 | Self::I32 | Self::U32 => 4,
+            Self::F64 | Self::I64 | Self::U64 => 8,
+        }
+    }
+
+    /// Whether it is one of the four float types.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F16 | Self::Bf16 | Self::F32 | Self::F64)
+    }
+
+    /// The type of row results (losses, logsumexp) for logits of this type.
+    #[must_use]
+    pub const fn row_dtype(self) -> Self {
+        match self {
+            Self::F64 => Self::F64,
+            _ => Self::F32,
+        }
+    }
+}
+
+/// A strided array to read. Strides are in bytes and may be negative or zero; nothing need be aligned.
+#[derive(Clone, Debug)]
+pub struct Array<'a> {
+    pub(crate) ptr: *mut u8,
+    pub(crate) dtype: DType,
+    pub(crate) swapped: bool,
+    pub(crate) shape: Dims<usize>,
+    pub(crate) strides: Dims<isize>,
+    /// Lowest and one past the highest byte offset that shape and strides reach.
+    extent: (isize, isize),
+    life: PhantomData<&'a ()>,
+}
+
+// SAFETY: an Array is a pointer to memory that stays readable for 'a; reading it from several threads is what `new` is promised for.
+unsafe impl Send for Array<'_> {}
+// SAFETY: as above; no method mutates through a shared Array.
+unsafe impl Sync for Array<'_> {}
+
+/// A strided array to write: an [`Array`] whose elements are also writable, native-endian and distinct.
+#[derive(Clone, Debug)]
+pub struct Out<'a>(pub(crate) Array<'a>);
+
+impl<'a> Array<'a> {
+    /// A view of `shape` at `ptr`.
+    ///
+    /// # Safety
+    /// - The bytes from the lowest to the highest that `shape` and `strides` (bytes) reach are valid for reads for `'a`.
+    /// - Other threads may write to it meanwhile only in ways that leave every bit pattern valid (all of [`DType`] is; `Bool` is read as a byte).
+    pub unsafe fn new(ptr: *const u8, dtype: DType, swapped: bool, shape: &[usize], strides: &[isize]) -> Self {
+        assert_eq!(shape.len(), strides.len());
+        let mut extent = (0, if shape.contains(&0) { 0 } else { dtype.size() as isize });
+        if extent.1 > 0 {
+            for (&len, &stride) in shape.iter().zip(strides) {
+                let reach = (len as isize - 1) * stride;
+                extent = (extent.0 + reach.min(0), extent.1 + reach.max(0));
+            }
+        }
+        Self { ptr: ptr.cast_mut(), dtype, swapped, shape: shape.into(), strides: strides.into(), extent, life: PhantomData }
+    }
+
+    /// A C-ordered view of a slice; panics when the lengths differ.
+    pub fn from_slice<E: Element>(data: &'a [E], shape: &[usize]) -> Self {
+        assert_eq!(data.len(), shape.iter().product::<usize>());
+        // SAFETY: the slice is borrowed for 'a and C order reaches exactly its elements.
+        unsafe { Self::new(data.as_ptr().cast(), E::DTYPE, false, shape, &c_strides(shape, size_of::<E>())) }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    /// Lengths of the axes.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    /// Strides in bytes.
+    pub fn strides(&self) -> &[isize] {
+        &self.strides
+    }
+    /// Number of elements.
+    pub fn size(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether native vectors can read it: native byte order, aligned, strides of whole elements.
+    pub(crate) fn is_plain(&self) -> bool {
+        let size = self.dtype.size();
+        !self.swapped
+            && (self.ptr as usize).is_multiple_of(size)
+            && self.shape.iter().zip(&self.strides).all(|(&len, &stride)| len <= 1 || stride % size as isize == 0)
+    }
+
+    /// Panics unless `n` elements `stride` bytes apart from `offset` on lie inside.
+    #[inline(always)]
+    fn check(&self, offset: isize, stride: isize, n: usize) {
+        let last = offset + (n as isize - 1) * stride;
+        let (low, high) = if stride < 0 { (last, offset) } else { (offset, last) };
+        assert!(n == 0 || (low >= self.extent.0 && high + self.dtype.size() as isize <= self.extent.1), "run outside the array");
+    }
+
+    /// `len` adjacent elements at a byte offset; panics when they are not there, not of type `E` or not plain.
+    #[inline(always)]
+    pub(crate) fn span<E: Element>(&self, offset: isize, len: usize) -> Span<'a, E> {
+        assert!(E::DTYPE == self.dtype && self.is_plain());
+        self.check(offset, size_of::<E>() as isize, len);
+        // SAFETY: in the extent, which is readable; aligned, as the array is plain and offsets are sums of its strides.
+        unsafe { Span::new(self.ptr.offset(offset).cast::<E>(), len) }
+    }
+
+    /// Columns at a byte offset whose classes are `stride` bytes apart; panics as [`Array::span`].
+    #[inline(always)]
+    pub(crate) fn columns<E: Element>(&self, offset: isize, stride: isize, classes: usize, width: usize) -> Columns<'a, E> {
+        assert!(E::DTYPE == self.dtype && self.is_plain());
+        self.check(offset, stride, classes);
+        self.check(offset + (width as isize - 1) * size_of::<E>() as isize, stride, classes);
+        // SAFETY: the first and the last column lie in the extent, so the others do; alignment as in `span`.
+        unsafe { Columns::new(self.ptr.offset(offset).cast::<E>(), stride / size_of::<E>() as isize, classes, width) }
+    }
+
+    /// Reads `n` elements `stride` bytes apart as `T` into `dst[0], dst[step], …`; any dtype, alignment and byte order.
+    pub(crate) fn read<T: FromNumber>(&self, offset: isize, stride: isize, n: usize, dst: &mut [T], step: usize) {
+        self.check(offset, stride, n);
+        if n == 0 {
+            return;
+        }
+        assert!((n - 1) * step < dst.len());
+        // SAFETY: in the extent, checked above.
+        let ptr = unsafe { self.ptr.offset(offset) };
+        macro_rules! copy {
+            ($bits:ty, |$x:ident| $value:expr) => {{
+                for i in 0..n {
+                    // SAFETY: element i of the run that was checked; unaligned reads take any address.
+                    let raw = unsafe { ptr.offset(i as isize * stride).cast::<$bits>().read_unaligned() };
+                    let $x = if self.swapped { raw.swap_bytes() } else { raw };
+                    dst[i * step] = $value;
+                }
+            }};
+        }
+        match self.dtype {
+            DType::F32 => copy!(u32, |x| T::number_f32(f32::from_bits(x))),
+            DType::F64 => copy!(u64, |x| T::number_f64(f64::from_bits(x))),
+            DType::F16 => copy!(u16, |x| T::number_f32(f16::from_bits(x).to_f32())),
+            DType::Bf16 => copy!(u16, |x| T::number_f32(bf16::from_bits(x).to_f32())),
+            DType::I8 => copy!(i8, |x| T::number_int(i128::from(x))),
+            DType::I16 => copy!(i16, |x| T::number_int(i128::from(x))),
+            DType::I32 => copy!(i32, |x| T::number_int(i128::from(x))),
+            DType::I64 => copy!(i64, |x| T::number_int(i128::from(x))),
+            DType::U8 => copy!(u8, |x| T::number_int(i128::from(x))),
+            DType::U16 => copy!(u16, |x| T::number_int(i128::from(x))),
+            DType::U32 => copy!(u32, |x| T::number_int(i128::from(x))),
+            DType::U64 => copy!(u64, |x| T::number_int(i128::from(x))),
+            DType::Bool => copy!(u8, |x| T::number_int(i128::from(x != 0))),
+        }
+    }
+
+    /// The element at a byte offset.
+    #[inline]
+    pub(crate) fn get<T: FromNumber>(&self, offset: isize) -> T {
+        let mut x = [T::number_int(0)];
+        self.read(offset, 0, 1, &mut x, 1);
+        x[0]
+    }
+}
+
+/// What any number of an array can be read as.
+pub trait FromNumber: Copy {
+    /// From single precision.
+    fn number_f32(x: f32) -> Self;
+    /// From double precision.
+    fn number_f64(x: f64) -> Self;
+    /// From an integer.
+    fn number_int(x: i128) -> Self;
+}
+
+macro_rules! from_number {
+    ($($type:ty)*) => {$(
+        impl FromNumber for $type {
+            #[inline(always)]
+            fn number_f32(x: f32) -> Self {
+                x as Self
+            }
+            #[inline(always)]
+            fn number_f64(x: f64) -> Self {
+                x as Self
+            }
+            #[inline(always)]
+            fn number_int(x: i128) -> Self {
+                x as Self
+            }
+        }
+    )*};
+}
+from_number!(f32 f64 i128);
+
+impl<'a> Out<'a> {
+    /// A writable view.
+    ///
+    /// # Safety
+    /// - As for [`Array::new`], and valid for writes for `'a`.
+    /// - Aligned to the element, native-endian, and no two indices reach the same byte.
+    /// - Nothing else that the same call reads overlaps it, unless it is the very same array (pointer, shape, strides, type): in place.
+    pub unsafe fn new(ptr: *mut u8, dtype: DType, shape: &[usize], strides: &[isize]) -> Self {
+        // SAFETY: passed on.
+        Self(unsafe { Array::new(ptr, dtype, false, shape, strides) })
+    }
+
+    /// A C-ordered view of a slice; panics when the lengths differ.
+    pub fn from_slice<E: Element>(data: &'a mut [E], shape: &[usize]) -> Self {
+        assert_eq!(data.len(), shape.iter().product::<usize>());
+        // SAFETY: the slice is exclusively borrowed for 'a and C order reaches exactly its elements, each once.
+        unsafe { Self::new(data.as_mut_ptr().cast(), E::DTYPE, shape, &c_strides(shape, size_of::<E>())) }
+    }
+
+    /// The same C-ordered slice to read and to write, for work in place.
+    pub fn in_place<E: Element>(data: &'a mut [E], shape: &[usize]) -> (Array<'a>, Self) {
+        let out = Self::from_slice(data, shape);
+        (out.0.clone(), out)
+    }
+
+    /// The view for reading.
+    pub fn array(&self) -> &Array<'a> {
+        &self.0
+    }
+
+    /// As [`Array::span`].
+    #[inline(always)]
+    pub(crate) fn span<E: Element>(&self, offset: isize, len: usize) -> SpanMut<'a, E> {
+        SpanMut(self.0.span(offset, len))
+    }
+
+    /// As [`Array::columns`].
+    #[inline(always)]
+    pub(crate) fn columns<E: Element>(&self, offset: isize, stride: isize, classes: usize, width: usize) -> ColumnsMut<'a, E> {
+        ColumnsMut(self.0.columns(offset, stride, classes, width))
+    }
+
+    /// Writes `src[0], src[step], …` to `n` elements `stride` bytes apart, rounded once.
+    #[allow(clippy::cast_ptr_alignment)] // an Out is aligned, as `new` was promised
+    pub(crate) fn write<T: Float>(&self, offset: isize, stride: isize, n: usize, src: &[T], step: usize) {
+        self.0.check(offset, stride, n);
+        if n == 0 {
+            return;
+        }
+        assert!((n - 1) * step < src.len());
+        macro_rules! copy {
+            ($type:ty, $convert:expr) => {
+                for i in 0..n {
+                    // SAFETY: element i of the run that was checked, which is writable and aligned.
+                    unsafe { self.0.ptr.offset(offset + i as isize * stride).cast::<$type>().write($convert(src[i * step])) }
+                }
+            };
+        }
+        match self.0.dtype {
+            DType::F32 => copy!(f32, |x: T| x.to_f64() as f32),
+            DType::F64 => copy!(f64, |x: T| x.to_f64()),
+            DType::F16 => copy!(f16, |x: T| f16::from_f64(x.to_f64())),
+            DType::Bf16 => copy!(bf16, |x: T| bf16::from_f64(x.to_f64())),
+            _ => unreachable!("results are floats"),
+        }
+    }
+
+    /// Sets one element, rounded once.
+    #[inline]
+    pub(crate) fn set(&self, offset: isize, x: f64) {
+        self.write(offset, 0, 1, &[x], 1);
+    }
+
+    /// Writes `n` zeros `stride` bytes apart.
+    pub(crate) fn zero(&self, offset: isize, stride: isize, n: usize) {
+        self.0.check(offset, stride, n);
+        let size = self.0.dtype.size();
+        for i in 0..if stride == size as isize { n.min(1) } else { n } {
+            let bytes = if stride == size as isize { n * size } else { size };
+            // SAFETY: inside the run that was checked; zero bytes are 0.0 in every float type.
+            unsafe { self.0.ptr.offset(offset + i as isize * stride).write_bytes(0, bytes) }
+        }
+    }
+}
+
+/// C-order strides in bytes.
+pub fn c_strides(shape: &[usize], itemsize: usize) -> Dims<isize> {
+    let mut strides: Dims<isize> = shape.iter().map(|_| 0).collect();
+    let mut step = itemsize as isize;
+    for (stride, &len) in strides.iter_mut().zip(shape).rev() {
+        *stride = step;
+        step *= len.max(1) as isize;
+    }
+    strides
+}
+
+/// A float type of logits and gradients.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// What it is computed in.
+    type Acc: Float;
+    /// Its tag.
+    const DTYPE: DType;
+    /// From a double, rounded once.
+    fn from_f64(x: f64) -> Self;
+    /// Widened exactly.
+    fn to_acc(self) -> Self::Acc;
+    /// From the type it is computed in, rounded once.
+    fn from_acc(x: Self::Acc) -> Self;
+    /// Loads one vector's worth, widened.
+    /// # Safety
+    /// `src` is valid for reads of `LANES` elements.
+    unsafe fn load<S: Isa>(isa: S, src: *const Self) -> Vf<S, Self::Acc>;
+    /// Stores one vector's worth, rounded once.
+    /// # Safety
+    /// `dst` is valid for writes of `LANES` elements.
+    unsafe fn store<S: Isa>(isa: S, v: Vf<S, Self::Acc>, dst: *mut Self);
+    /// Loads `n` elements, the other lanes are `fill`.
+    /// # Safety
+    /// `src` is valid for reads of `n` elements, `n <= LANES`.
+    unsafe fn load_partial<S: Isa>(isa: S, src: *const Self, n: usize, fill: Self) -> Vf<S, Self::Acc>;
+    /// Stores the first `n` lanes, rounded once.
+    /// # Safety
+    /// `dst` is valid for writes of `n` elements, `n <= LANES`.
+    unsafe fn store_partial<S: Isa>(isa: S, v: Vf<S, Self::Acc>, dst: *mut Self, n: usize);
+}
+
+/// A type that is computed in: `f32` or `f64`.
+pub trait Float: Element<Acc = Self> + PartialOrd + core::fmt::Debug {
+    /// Its vectors.
+    type V<S: Isa>: Vector<Isa = S, Elem = Self>;
+    /// Zero.
+    const ZERO: Self;
+    /// One.
+    const ONE: Self;
+    /// Negative infinity.
+    const NEG_INF: Self;
+    /// The largest finite number.
+    const MAX: Self;
+    /// Widened exactly.
+    fn to_f64(self) -> f64;
+}
+
+/// The vector of `T` in the instruction set `S`.
+pub type Vf<S, T> = <T as Float>::V<S>;
+
+impl Element for f32 {
+    type Acc = Self;
+    const DTYPE: DType = DType::F32;
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        x as Self
+    }
+    #[inline(always)]
+    fn to_acc(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    fn from_acc(x: Self) -> Self {
+        x
+    }
+    #[inline(always)]
+    unsafe fn load<S: Isa>(isa: S, src: *const Self) -> S::F32 {
+        // SAFETY: the caller's promise is the same.
+        unsafe { S::F32::load(isa, src) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Isa>(_isa: S, v: S::F32, dst: *mut Self) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { v.store(dst) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial<S: Isa>(isa: S, src: *const Self, n: usize, fill: Self) -> S::F32 {
+        // SAFETY: the caller's promise is the same.
+        unsafe { S::F32::load_partial(isa, src, n, fill) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial<S: Isa>(_isa: S, v: S::F32, dst: *mut Self, n: usize) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { v.store_partial(dst, n) }
+    }
+}
+
+impl Float for f32 {
+    type V<S: Isa> = S::F32;
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const NEG_INF: Self = Self::NEG_INFINITY;
+    const MAX: Self = Self::MAX;
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Element for f64 {
+    type Acc = Self;
+    const DTYPE: DType = DType::F64;
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn to_acc(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    fn from_acc(x: Self) -> Self {
+        x
+    }
+    #[inline(always)]
+    unsafe fn load<S: Isa>(isa: S, src: *const Self) -> S::F64 {
+        // SAFETY: the caller's promise is the same.
+        unsafe { S::F64::load(isa, src) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Isa>(_isa: S, v: S::F64, dst: *mut Self) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { v.store(dst) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial<S: Isa>(isa: S, src: *const Self, n: usize, fill: Self) -> S::F64 {
+        // SAFETY: the caller's promise is the same.
+        unsafe { S::F64::load_partial(isa, src, n, fill) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial<S: Isa>(_isa: S, v: S::F64, dst: *mut Self, n: usize) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { v.store_partial(dst, n) }
+    }
+}
+
+impl Float for f64 {
+    type V<S: Isa> = S::F64;
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const NEG_INF: Self = Self::NEG_INFINITY;
+    const MAX: Self = Self::MAX;
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
+    }
+}
+
+macro_rules! half_element {
+    ($type:ty, $dtype:ident, $load:ident, $store:ident) => {
+        impl Element for $type {
+            type Acc = f32;
+            const DTYPE: DType = DType::$dtype;
+            #[inline(always)]
+            fn from_f64(x: f64) -> Self {
+                <$type>::from_f64(x)
+            }
+            #[inline(always)]
+            fn to_acc(self) -> f32 {
+                self.to_f32()
+            }
+            #[inline(always)]
+            fn from_acc(x: f32) -> Self {
+                <$type>::from_f32(x)
+            }
+            #[inline(always)]
+            unsafe fn load<S: Isa>(isa: S, src: *const Self) -> S::F32 {
+                // SAFETY: the type is a transparent u16; otherwise the caller's promise is the same.
+                unsafe { isa.$load(src.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn store<S: Isa>(isa: S, v: S::F32, dst: *mut Self) {
+                // SAFETY: the type is a transparent u16; otherwise the caller's promise is the same.
+                unsafe { isa.$store(v, dst.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn load_partial<S: Isa>(isa: S, src: *const Self, n: usize, fill: Self) -> S::F32 {
+                let mut whole = [fill; 16];
+                // SAFETY: n <= LANES <= 16 elements are readable, and the copy has 16.
+                unsafe {
+                    core::ptr::copy_nonoverlapping(src, whole.as_mut_ptr(), n);
+                    isa.$load(whole.as_ptr().cast())
+                }
+            }
+            #[inline(always)]
+            unsafe fn store_partial<S: Isa>(isa: S, v: S::F32, dst: *mut Self, n: usize) {
+                let mut whole = [<$type>::ZERO; 16];
+                // SAFETY: the copy has room for every lane; n <= LANES elements are writable.
+                unsafe {
+                    isa.$store(v, whole.as_mut_ptr().cast());
+                    core::ptr::copy_nonoverlapping(whole.as_ptr(), dst, n);
+                }
+            }
+        }
+    };
+}
+half_element!(f16, F16, load_f16, store_f16);
+half_element!(bf16, Bf16, load_bf16, store_bf16);
+
+/// A run of elements to read. Every access is checked against its length; the checks fold into the loop conditions of the kernels.
+///
+/// Spans are cells, not slices: the memory may also be written through a [`SpanMut`] (work in place), so no reference to it exists.
+#[derive(Clone, Copy)]
+pub struct Span<'a, E> {
+    ptr: *const E,
+    len: usize,
+    life: PhantomData<&'a ()>,
+}
+
+/// A run of elements to read and write, see [`Span`].
+#[derive(Clone, Copy)]
+pub struct SpanMut<'a, E>(Span<'a, E>);
+
+impl<'a, E: Element> Span<'a, E> {
+    /// # Safety
+    /// `ptr` is aligned and valid for reads of `len` elements for `'a`.
+    #[inline(always)]
+    pub unsafe fn new(ptr: *const E, len: usize) -> Self {
+        Self { ptr, len, life: PhantomData }
+    }
+
+    /// The elements of a slice.
+    #[inline(always)]
+    pub fn of(slice: &'a [E]) -> Self {
+        Self { ptr: slice.as_ptr(), len: slice.len(), life: PhantomData }
+    }
+
+    /// Number of elements.
+    #[inline(always)]
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// Whether it is empty.
+    #[inline(always)]
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// `len` elements from `start`; panics when they are not there.
+    #[must_use]
+    #[inline(always)]
+    pub fn part(self, start: usize, len: usize) -> Self {
+        assert!(start <= self.len && len <= self.len - start);
+        // SAFETY: the part lies inside, checked above.
+        unsafe { Self::new(self.ptr.add(start), len) }
+    }
+
+    /// Element `i`.
+    #[inline(always)]
+    pub fn get(self, i: usize) -> E {
+        assert!(i < self.len);
+        // SAFETY: in bounds; the span is valid for reads.
+        unsafe { self.ptr.add(i).read() }
+    }
+
+    /// A vector from element `i` on.
+    #[inline(always)]
+    pub fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, E::Acc> {
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        assert!(i + lanes <= self.len);
+        // SAFETY: in bounds; the span is valid for reads.
+        unsafe { E::load(isa, self.ptr.add(i)) }
+    }
+
+    /// The `n` elements from `i` on, the other lanes `fill`.
+    #[inline(always)]
+    pub fn load_partial<S: Isa>(self, isa: S, i: usize, n: usize, fill: E) -> Vf<S, E::Acc> {
+        assert!(n <= <Vf<S, E::Acc> as Vector>::LANES && i <= self.len && n <= self.len - i);
+        // SAFETY: in bounds; the span is valid for reads.
+        unsafe { E::load_partial(isa, self.ptr.add(i), n, fill) }
+    }
+}
+
+impl<'a, E: Element> SpanMut<'a, E> {
+    /// # Safety
+    /// `ptr` is aligned and valid for reads and writes of `len` elements for `'a`.
+    #[inline(always)]
+    pub unsafe fn new(ptr: *mut E, len: usize) -> Self {
+        // SAFETY: passed on.
+        Self(unsafe { Span::new(ptr, len) })
+    }
+
+    /// The elements of a slice.
+    #[inline(always)]
+    pub fn of(slice: &'a mut [E]) -> Self {
+        // SAFETY: the slice is exclusively borrowed for 'a.
+        unsafe { Self::new(slice.as_mut_ptr(), slice.len()) }
+    }
+
+    /// The same elements, to read.
+    #[inline(always)]
+    pub fn read(self) -> Span<'a, E> {
+        self.0
+    }
+
+    /// `len` elements from `start`; panics when they are not there.
+    #[must_use]
+    #[inline(always)]
+    pub fn part(self, start: usize, len: usize) -> Self {
+        Self(self.0.part(start, len))
+    }
+
+    /// Sets element `i`.
+    #[inline(always)]
+    pub fn set(self, i: usize, x: E) {
+        assert!(i < self.0.len);
+        // SAFETY: in bounds; the span is valid for writes.
+        unsafe { self.0.ptr.cast_mut().add(i).write(x) }
+    }
+
+    /// Sets every element.
+    pub fn fill(self, x: E) {
+        for i in 0..self.0.len {
+            self.set(i, x);
+        }
+    }
+
+    /// Stores a vector at element `i`, rounded once.
+    #[inline(always)]
+    pub fn store<S: Isa>(self, isa: S, i: usize, v: Vf<S, E::Acc>) {
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        assert!(i + lanes <= self.0.len);
+        // SAFETY: in bounds; the span is valid for writes.
+        unsafe { E::store(isa, v, self.0.ptr.cast_mut().add(i)) }
+    }
+
+    /// Stores the first `n` lanes at element `i`, rounded once.
+    #[inline(always)]
+    pub fn store_partial<S: Isa>(self, isa: S, i: usize, n: usize, v: Vf<S, E::Acc>) {
+        assert!(n <= <Vf<S, E::Acc> as Vector>::LANES && i <= self.0.len && n <= self.0.len - i);
+        // SAFETY: in bounds; the span is valid for writes.
+        unsafe { E::store_partial(isa, v, self.0.ptr.cast_mut().add(i), n) }
+    }
+}
+
+/// A matrix of adjacent columns: class `c` of column `j` stands `c * stride + j` elements from the start.
+#[derive(Clone, Copy)]
+pub struct Columns<'a, E> {
+    ptr: *const E,
+    stride: isize,
+    classes: usize,
+    width: usize,
+    life: PhantomData<&'a ()>,
+}
+
+/// [`Columns`] to read and write.
+#[derive(Clone, Copy)]
+pub struct ColumnsMut<'a, E>(Columns<'a, E>);
+
+impl<'a, E: Element> Columns<'a, E> {
+    /// # Safety
+    /// `ptr` is aligned, and for every class the `width` elements from `ptr + c * stride` are valid for reads for `'a`.
+    #[inline(always)]
+    pub unsafe fn new(ptr: *const E, stride: isize, classes: usize, width: usize) -> Self {
+        Self { ptr, stride, classes, width, life: PhantomData }
+    }
+
+    /// `classes` rows of `stride` elements in a slice, of which `width` are columns.
+    #[inline(always)]
+    pub fn of(slice: &'a [E], stride: usize, classes: usize, width: usize) -> Self {
+        assert!(width <= stride && (classes == 0 || classes * stride <= slice.len()));
+        Self { ptr: slice.as_ptr(), stride: stride as isize, classes, width, life: PhantomData }
+    }
+
+    /// Number of classes.
+    #[inline(always)]
+    pub fn classes(self) -> usize {
+        self.classes
+    }
+
+    /// Number of columns.
+    #[inline(always)]
+    pub fn width(self) -> usize {
+        self.width
+    }
+
+    /// Class `c` of the columns from `j` on.
+    #[inline(always)]
+    pub fn load<S: Isa>(self, isa: S, c: usize, j: usize) -> Vf<S, E::Acc> {
+        assert!(c < self.classes && j < self.width);
+        let left = self.width - j;
+        // SAFETY: in bounds; valid for reads.
+        unsafe {
+            let ptr = self.ptr.offset(c as isize * self.stride).add(j);
+            if left >= <Vf<S, E::Acc> as Vector>::LANES { E::load(isa, ptr) } else { E::load_partial(isa, ptr, left, E::from_f64(0.0)) }
+        }
+    }
+
+    /// `n` classes from `c` on.
+    #[must_use]
+    pub fn part(self, c: usize, n: usize) -> Self {
+        assert!(c <= self.classes && n <= self.classes - c);
+        if n == 0 {
+            return Self { classes: 0, ..self };
+        }
+        // SAFETY: class c exists, so its address lies in the same allocation.
+        Self { ptr: unsafe { self.ptr.offset(c as isize * self.stride) }, classes: n, ..self }
+    }
+}
+
+impl<'a, E: Element> ColumnsMut<'a, E> {
+    /// # Safety
+    /// As for [`Columns::new`], and valid for writes.
+    #[inline(always)]
+    pub unsafe fn new(ptr: *mut E, stride: isize, classes: usize, width: usize) -> Self {
+        // SAFETY: passed on.
+        Self(unsafe { Columns::new(ptr, stride, classes, width) })
+    }
+
+    /// `classes` rows of `stride` elements in a slice, of which `width` are columns.
+    #[inline(always)]
+    pub fn of(slice: &'a mut [E], stride: usize, classes: usize, width: usize) -> Self {
+        assert!(width <= stride && (classes == 0 || classes * stride <= slice.len()));
+        Self(Columns { ptr: slice.as_mut_ptr(), stride: stride as isize, classes, width, life: PhantomData })
+    }
+
+    /// The same columns, to read.
+    #[inline(always)]
+    pub fn read(self) -> Columns<'a, E> {
+        self.0
+    }
+
+    /// Stores class `c` of the columns from `j` on, rounded once.
+    #[inline(always)]
+    pub fn store<S: Isa>(self, isa: S, c: usize, j: usize, v: Vf<S, E::Acc>) {
+        let to = self.0;
+        assert!(c < to.classes && j < to.width);
+        let left = to.width - j;
+        // SAFETY: in bounds; valid for writes.
+        unsafe {
+            let ptr = to.ptr.cast_mut().offset(c as isize * to.stride).add(j);
+            if left >= <Vf<S, E::Acc> as Vector>::LANES { E::store(isa, v, ptr) } else { E::store_partial(isa, v, ptr, left) }
+        }
+    }
+}
+
+/// The lanes of a vector, in order; the rest of the array is zero.
+#[inline(always)]
+pub fn lanes<S: Isa, T: Float>(v: Vf<S, T>) -> [T; 16] {
+    const { assert!(<Vf<S, T> as Vector>::LANES <= 16) };
+    let mut out = [T::ZERO; 16];
+    // SAFETY: a vector has at most 16 lanes, checked above.
+    unsafe { v.store(out.as_mut_ptr()) };
+    out
+}
