@@ -1,0 +1,179 @@
+//! From row states to losses and gradient coefficients, in float64, one row per lane.
+//!
+//! With m the maximum, R = (ties − 1) + rest the sum without one maximum, A = Σ T the target mass and s = 1 + R:
+//! log S = log1p(R), lse = m + log S, `loss = Σ T·(m − x) + A·log S (+ ζ·lse²)`, and the gradient of class c is
+//! `g·((A + 2ζ·lse)·p_c − T_c)`. At a lone maximum p = 1 − R/s would cancel against T, so it is `g·(Σ_{c≠k} T_c − A·R/s + 2ζ·lse/s)` there.
+
+use crate::array::{Span, SpanMut};
+use crate::simd::{Isa, Mask, Vector};
+
+use super::math::{Exp, log1p};
+use super::state::splat;
+
+/// Most rows in a tile.
+pub const WIDTH: usize = 128;
+
+/// Row states on their way in, coefficients on their way out; one element per row of the tile.
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct Tile {
+    pub max: Vec<f64>,
+    pub ties: Vec<f64>,
+    pub arg: Vec<f64>,
+    pub k: Vec<f64>,
+    pub b: Vec<f64>,
+    pub rest: Vec<f64>,
+    pub lin: Vec<f64>,
+    pub t_rest: Vec<f64>,
+    pub t_top: Vec<f64>,
+    /// Multiplies loss and gradient of the row (sample weight).
+    pub weight: Vec<f64>,
+    /// Multiplies the gradient of the row, the sample weight included.
+    pub g: Vec<f64>,
+    pub log_sum: Vec<f64>,
+    pub lse: Vec<f64>,
+    pub loss: Vec<f64>,
+    /// Multiplies e in the gradient.
+    pub a: Vec<f64>,
+    /// The gradient at a lone maximum.
+    pub top: Vec<f64>,
+    /// Logit of sparse target j of row r at `j * WIDTH + r`.
+    pub x_target: Vec<f64>,
+    /// Its mass.
+    pub mass: Vec<f64>,
+    /// All mass on its class: sparse entries of the same class and the dense stream.
+    pub mass_all: Vec<f64>,
+    /// The gradient there.
+    pub patch: Vec<f64>,
+}
+
+impl Tile {
+    /// Makes room for `entries` sparse targets per row.
+    pub fn reserve(&mut self, entries: usize) {
+        for v in [
+            &mut self.max,
+            &mut self.ties,
+            &mut self.arg,
+            &mut self.k,
+            &mut self.b,
+            &mut self.rest,
+            &mut self.lin,
+            &mut self.t_rest,
+            &mut self.t_top,
+            &mut self.weight,
+            &mut self.g,
+            &mut self.log_sum,
+            &mut self.lse,
+            &mut self.loss,
+            &mut self.a,
+            &mut self.top,
+        ] {
+            if v.len() < WIDTH {
+                v.resize(WIDTH, 0.0);
+            }
+        }
+        for v in [&mut self.x_target, &mut self.mass, &mut self.mass_all, &mut self.patch] {
+            if v.len() < entries * WIDTH {
+                v.resize(entries * WIDTH, 0.0);
+            }
+        }
+    }
+}
+
+/// What finish is to know of the call.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// 1 / temperature.
+    pub scale: f64,
+    /// Weight of lse².
+    pub z_loss: f64,
+    /// Sparse targets per row.
+    pub entries: usize,
+    /// Whether `lin`, `t_rest`, `t_top` of the tile hold a dense stream.
+    pub dense: bool,
+    /// Whether there are targets at all: a transform needs only `log_sum`, `lse` and `a` = 1/(S·e(max)).
+    pub loss: bool,
+}
+
+/// Fills the coefficients of the first `rows` rows.
+#[inline(always)]
+pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, rows: usize) {
+    let (zero, one, infinity) = (splat::<S, f64>(isa, 0.0), splat::<S, f64>(isa, 1.0), splat::<S, f64>(isa, f64::INFINITY));
+    let exp = Exp::<S::F64>::new(isa, terms.scale);
+    let scale = splat::<S, f64>(isa, terms.scale);
+    let step = S::F64::LANES;
+    let mut r = 0;
+    while r < rows {
+        let max = Span::of(&tile.max).load(isa, r);
+        let ties = Span::of(&tile.ties).load(isa, r);
+        let k = Span::of(&tile.k).load(isa, r);
+        let b = Span::of(&tile.b).load(isa, r);
+        let rest = Span::of(&tile.rest).load(isa, r);
+        let finite = max.abs().lt(infinity);
+        let origin = S::F64::select(finite, max, b);
+        let e_max = exp.exp2(origin - b, k);
+        let others = (ties - one) + rest / e_max;
+        // A maximum of −inf or +inf makes the row NaN, and a NaN class came in through the rest.
+        let valid = finite.and(rest.eq(rest));
+        let sum = one + others;
+        let log_sum = log1p(isa, others);
+        let bad = splat::<S, f64>(isa, f64::NAN);
+        let lse = S::F64::select(finite, origin * scale + log_sum, max);
+        let lse = S::F64::select(rest.eq(rest), lse, bad);
+        let log_sum = S::F64::select(valid, log_sum, bad);
+        let inverse = one / (sum * e_max);
+        SpanMut::of(&mut tile.lse).store(isa, r, lse);
+        SpanMut::of(&mut tile.log_sum).store(isa, r, log_sum);
+        if terms.loss {
+            let g = Span::of(&tile.g).load(isa, r);
+            let (mut lin, mut t_rest, mut t_top) = (zero, zero, zero);
+            if terms.dense {
+                lin = Span::of(&tile.lin).load(isa, r);
+                t_rest = Span::of(&tile.t_rest).load(isa, r);
+                t_top = Span::of(&tile.t_top).load(isa, r);
+            }
+            for entry in 0..terms.entries {
+                let at = entry * WIDTH + r;
+                let x = Span::of(&tile.x_target).load(isa, at);
+                let mass = Span::of(&tile.mass).load(isa, at);
+                let is_top = x.eq(max);
+                t_top = t_top.add_where(is_top, mass);
+                t_rest = t_rest.add_where(x.ne(max), mass);
+                lin = lin.add_where(mass.ne(zero), mass * (origin - x));
+            }
+            let total = t_rest + t_top;
+            let z = splat::<S, f64>(isa, terms.z_loss);
+            let mut loss = lin * scale + total * log_sum;
+            let mut pull = total;
+            if terms.z_loss != 0.0 {
+                loss = loss + z * lse * lse;
+                pull = pull + (z + z) * lse;
+            }
+            let weight = Span::of(&tile.weight).load(isa, r);
+            SpanMut::of(&mut tile.loss).store(isa, r, loss * weight);
+            let g = g * scale;
+            let factor = S::F64::select(valid, g * pull * inverse, bad);
+            SpanMut::of(&mut tile.a).store(isa, r, factor);
+            SpanMut::of(&mut tile.g).store(isa, r, g);
+            let p_max = one / sum;
+            // Where the maximum has less than half the mass nothing cancels, and the sum of the others is the longer way.
+            let sure = (t_rest - total * (others * p_max)) + (pull - total) * p_max;
+            let top = g * S::F64::select(others.lt(one), sure, pull * p_max - t_top);
+            let top = S::F64::select(valid, top, bad);
+            SpanMut::of(&mut tile.top).store(isa, r, top);
+            let lone = ties.eq(one);
+            for entry in 0..terms.entries {
+                let at = entry * WIDTH + r;
+                let x = Span::of(&tile.x_target).load(isa, at);
+                let mass = Span::of(&tile.mass_all).load(isa, at);
+                let y = (origin - b - splat::<S, f64>(isa, 1100.0 / terms.scale)).max(x - b);
+                let p = exp.exp2(y, k) * inverse;
+                let other = S::F64::select(valid, g * (pull * p - mass), bad);
+                SpanMut::of(&mut tile.patch).store(isa, at, S::F64::select(x.eq(max).and(lone), top, other));
+            }
+        } else {
+            SpanMut::of(&mut tile.a).store(isa, r, S::F64::select(valid, inverse, bad));
+        }
+        r += step;
+    }
+}

@@ -1,0 +1,285 @@
+//! Vector mathematics: exponentials relative to a power of two, `log1p`, `tanh`.
+//!
+//! # The integer reference
+//!
+//! A softmax needs `exp(x − m)`. Rounding x − m costs up to |x − m|/2 units in the last place of the result before any exponential is
+//! taken. Here x itself is reduced and the reference is an integral power of two, which takes part exactly:
+//!
+//! ```text
+//! n = round(x·log2 e)      r = x·log2 e − n, with log2 e in two parts      exp(x)·2^−k = 2^r · 2^(n − k)
+//! ```
+//!
+//! # Accuracy
+//!
+//! In units in the last place (ULP) of the exact result, wherever that is a normal number. `tests/math.rs` measures on every level and
+//! holds to these bounds; for float32 the worst of all arguments is known, for float64 the worst of about 10^6.
+//!
+//! | function | bound | worst f32 | worst f64 |
+//! |---|---|---|---|
+//! | [`Exp::exp2`], \|x\| up to `LIMIT` | 1.1 | 1.073 | 0.95 |
+//! | [`exp_full`] | 1.1 | 1.014 | 0.92 |
+//! | [`log1p`] | 1.0 | | 0.87 |
+//! | [`tanh`] | 1.5 | 1.415 | 1.415 |
+//! | [`tanh_sech2`], second result | 3.5 | 3.345 | 2.62 |
+//!
+//! `python tools/minimax.py` derives every constant, and with `--check` compares them with this file.
+
+// The literals are what `tools/minimax.py` prints and compares, also where one of them rounds to a known constant.
+#![allow(clippy::approx_constant)]
+
+use crate::array::{Element, Float};
+use crate::simd::Vector;
+
+/// The part of 1/ln 2 = log2 e that a float64 holds, and the rest. `tools/minimax.py`.
+const LOG2_E: [f64; 2] = [1.442_695_040_888_963_4, 2.035_527_374_093_103_3e-17];
+
+/// `(2·atanh(s) − 2s)/s = z·(c0 + c1·z + …)`, z = s², for (1+s)/(1−s) in [sqrt(1/2), sqrt(2)]; error 2^-59.0. `tools/minimax.py`.
+const LOG: [f64; 7] = [
+    0.666_666_666_666_671,
+    0.399_999_999_995_413_9,
+    0.285_714_287_208_589_9,
+    0.222_222_002_387_713_75,
+    0.181_835_008_991_620_42,
+    0.153_151_757_247_069_7,
+    0.147_889_688_258_906_4,
+];
+
+/// What the functions here need to know of a float type.
+pub trait Real: Float {
+    /// 1.5·2^(digits − 1): a sum with it is rounded to an integer, of either sign.
+    const MAGIC: Self;
+    /// As long as |x·scale| is at most this, x·log2 e is on the grid of [`Real::MAGIC`] and the reduction keeps its accuracy.
+    const LIMIT: Self;
+    /// The maximum's exponential is about 2^(BIAS − 1): so much below it is lost to underflow later, and sums have 2^100 to spare.
+    const BIAS: Self;
+    /// Nats. What is this much or more below the maximum has an exponential of exactly 0, also relative to the biased reference.
+    const CLAMP: Self;
+    /// Arguments of `exp` at and beyond these give 0 and infinity.
+    const EXP_RANGE: [Self; 2];
+    /// Arguments up to this magnitude are their own `tanh`.
+    const TANH_TINY: Self;
+    /// `2^r = 1 + r·(c0 + c1·r + …)` for r in [−1/2, 1/2] and a little.
+    const EXP2: &'static [Self];
+    /// `e^r − 1 = r + r²·(c0 + c1·r + …)` for |r| <= ln(2)/2 and a little.
+    const EXPM1: &'static [Self];
+    /// ln 2 in two parts.
+    const LN2: [Self; 2];
+}
+
+impl Real for f32 {
+    const MAGIC: f32 = 12_582_912.0;
+    const LIMIT: f32 = 131_072.0;
+    const BIAS: f32 = 48.0;
+    // 150·log2 e = 216.4: with the bias, 2^-193. The smallest subnormal is 2^-149.
+    const CLAMP: f32 = 150.0;
+    // Below exp(-104) < 2^-150, above exp(88.73) > 2^128; both with n inside what `exp_full` can scale by.
+    const EXP_RANGE: [f32; 2] = [-104.0, 88.73];
+    // tanh(x) = x·(1 − x²/3 + …): 2^-26/3 off at most.
+    const TANH_TINY: f32 = 1.0 / 8192.0;
+    // Error 2^-28.2.
+    const EXP2: &'static [f32] = &[0.693_147_2, 0.240_226_48, 0.055_503_584, 0.009_618_503, 0.001_339_166_5, 0.000_153_288_23];
+    // Error 2^-31.1.
+    const EXPM1: &'static [f32] = &[0.5, 0.166_666_66, 0.041_666_493, 0.008_333_544, 0.001_393_234, 0.000_197_634_3];
+    const LN2: [f32; 2] = [0.693_147_2, -1.904_654_2e-9];
+}
+
+impl Real for f64 {
+    const MAGIC: f64 = 6_755_399_441_055_744.0;
+    const LIMIT: f64 = 1_073_741_824.0;
+    const BIAS: f64 = 80.0;
+    // 1100·log2 e = 1586.96: with the bias, 2^-1563. The smallest subnormal is 2^-1074.
+    const CLAMP: f64 = 1100.0;
+    // Below exp(-745.2) < 2^-1075, above exp(709.79) > 2^1024.
+    const EXP_RANGE: [f64; 2] = [-745.2, 709.79];
+    const TANH_TINY: f64 = 1.0 / 268_435_456.0;
+    // Error 2^-57.8.
+    const EXP2: &'static [f64] = &[
+        0.693_147_180_559_945_3,
+        0.240_226_506_959_101_08,
+        0.055_504_108_664_821_72,
+        0.009_618_129_107_601_606,
+        0.001_333_355_814_654_634_8,
+        0.000_154_035_304_490_337_88,
+        1.525_273_363_396_419_2e-5,
+        1.321_543_883_742_411_3e-6,
+        1.017_816_004_253_889_3e-7,
+        7.073_232_741_710_745e-9,
+        4.438_863_668_251_310_5e-10,
+    ];
+    // Error 2^-61.5.
+    const EXPM1: &'static [f64] = &[
+        0.5,
+        0.166_666_666_666_666_77,
+        0.041_666_666_666_666_7,
+        0.008_333_333_333_321_808,
+        0.001_388_888_888_887_745,
+        0.000_198_412_698_851_689_65,
+        2.480_158_731_734_164_7e-5,
+        2.755_724_544_585_924_7e-6,
+        2.755_729_614_222_284e-7,
+        2.510_855_564_494_173_2e-8,
+        2.090_382_972_583_046e-9,
+    ];
+    const LN2: [f64; 2] = [0.693_147_180_559_945_3, 2.319_046_813_846_299_6e-17];
+}
+
+/// `c0 + c1·x + …` by Horner's rule: fewest operations; the kernels keep enough vectors in flight to hide its latency.
+#[inline(always)]
+fn polynomial<V: Vector>(isa: V::Isa, c: &'static [V::Elem], x: V) -> V {
+    let mut i = c.len() - 1;
+    let mut sum = V::splat(isa, c[i]);
+    while i > 0 {
+        i -= 1;
+        sum = sum.mul_add(x, V::splat(isa, c[i]));
+    }
+    sum
+}
+
+/// Exponentials relative to an integral power of two.
+#[derive(Clone, Copy, Debug)]
+pub struct Exp<V: Vector> {
+    isa: V::Isa,
+    magic: V,
+    hi: V,
+    lo: V,
+}
+
+impl<V: Vector> Exp<V>
+where
+    V::Elem: Real,
+{
+    /// Exponentials of `x·scale`. `scale` is finite and positive, and log2 e·scale and its 2^-50 part are normal numbers of the type.
+    #[inline(always)]
+    pub fn new(isa: V::Isa, scale: f64) -> Self {
+        // log2 e·scale as a sum of two f64: the product's rounding error is exact, the second part's own is 2^-107 of the whole.
+        let hi = LOG2_E[0] * scale;
+        let lo = LOG2_E[0].mul_add(scale, -hi) + LOG2_E[1] * scale;
+        // The same number in two parts of the type. For f64 the first is `hi` and nothing changes.
+        let first = V::Elem::from_f64(hi);
+        let second = V::Elem::from_f64((hi - first.to_f64()) + lo);
+        Self { isa, magic: V::splat(isa, V::Elem::MAGIC), hi: V::splat(isa, first), lo: V::splat(isa, second) }
+    }
+
+    /// `2^(x·scale·log2 e − k)` for integral k. x is NaN (which gives NaN) or |x·scale| <= `LIMIT + CLAMP`.
+    ///
+    /// Results below the smallest normal number may come out as 0, and are exactly 0 from 2^-152 or 2^-1077 down. Nothing here handles
+    /// overflow: round(x·scale·log2 e) − k must not exceed 127 or 1023.
+    #[inline(always)]
+    pub fn exp2(self, x: V, k: V) -> V {
+        let n = self.round(x);
+        let r = x.mul_add(self.hi, -n);
+        let r = x.mul_add(self.lo, r);
+        self.pow2(r).scale2(n - k)
+    }
+
+    /// The integral reference of a maximum m: `round(m·scale·log2 e) + 1 − BIAS`, so that `exp2(m, k)` lies between 2^(BIAS − 1.51) and
+    /// 2^(BIAS − 0.49), and is 2^(BIAS − 1) for m = 0. NaN and infinities come back as such.
+    #[inline(always)]
+    pub fn reference(self, m: V) -> V {
+        self.round(m) + V::splat(self.isa, V::Elem::from_f64(1.0 - V::Elem::BIAS.to_f64()))
+    }
+
+    /// x·scale·log2 e to the nearest integer (of the product with the first part alone: off by |x·scale|·2^-digits at most).
+    #[inline(always)]
+    fn round(self, x: V) -> V {
+        x.mul_add(self.hi, self.magic) - self.magic
+    }
+
+    #[inline(always)]
+    fn pow2(self, r: V) -> V {
+        r.mul_add(polynomial(self.isa, V::Elem::EXP2, r), V::splat(self.isa, V::Elem::ONE))
+    }
+}
+
+/// `exp(x)` over the whole range, for an `e` made with scale 1: 0 and infinity beyond the type's range, NaN for NaN. Results below the
+/// smallest normal number may come out as 0.
+#[inline(always)]
+pub fn exp_full<V: Vector>(isa: V::Isa, e: &Exp<V>, x: V) -> V
+where
+    V::Elem: Real,
+{
+    let [low, high] = V::Elem::EXP_RANGE;
+    // In this order NaN passes both.
+    let x = V::splat(isa, low).max(V::splat(isa, high).min(x));
+    let n = e.round(x);
+    let r = x.mul_add(e.lo, x.mul_add(e.hi, -n));
+    // 2^n itself may be too large where the result is not: one factor of two goes last.
+    let (zero, one, two) = (V::splat(isa, V::Elem::ZERO), V::splat(isa, V::Elem::ONE), V::splat(isa, V::Elem::from_f64(2.0)));
+    let large = zero.lt(n);
+    e.pow2(r).scale2(n - V::select(large, one, zero)) * V::select(large, two, one)
+}
+
+/// `log(1 + r)` for r >= 0: accurate for every r down to subnormals; infinity for infinity, NaN for NaN.
+///
+/// With 1 + r = 2^k·(1 + f), f in [sqrt(1/2) − 1, sqrt(2) − 1], and s = f/(2 + f): log(1 + f) = 2·atanh(s), and 2s = f − s·f.
+#[inline(always)]
+pub fn log1p<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> D {
+    let (zero, one) = (D::splat(isa, 0.0), D::splat(isa, 1.0));
+    let u = one + r;
+    // What rounding 1 + r took off: the larger term leaves an exact difference. It adds lost/u to the logarithm.
+    let large = one.lt(r);
+    let lost = D::select(large, one, r) - (u - D::select(large, r, one));
+    let (m, k) = u.frexp();
+    // 1 + r < sqrt(2): r is f without any rounding.
+    let small = r.lt(D::splat(isa, core::f64::consts::SQRT_2 - 1.0));
+    let f = D::select(small, r, m - one);
+    let k = D::select(small, zero, k);
+    let lost = D::select(small, zero, lost / u);
+    let s = f / (D::splat(isa, 2.0) + f);
+    let z = s * s;
+    let tail = s * (f - z * polynomial(isa, &LOG, z));
+    let [ln2, ln2_rest] = f64::LN2;
+    let rest = f - (tail - k.mul_add(D::splat(isa, ln2_rest), lost));
+    let log = k.mul_add(D::splat(isa, ln2), rest);
+    D::select(r.lt(D::splat(isa, f64::INFINITY)), log, r)
+}
+
+/// `tanh(x)`: odd, ±1 for infinities, NaN for NaN.
+#[inline(always)]
+pub fn tanh<V: Vector>(isa: V::Isa, x: V) -> V
+where
+    V::Elem: Real,
+{
+    tanh_sech2(isa, x).0
+}
+
+/// `tanh(x)` and its derivative `1 − tanh²(x)`, which keeps its digits where tanh is near ±1.
+///
+/// With u = exp(−2|x|): `tanh|x| = (1 − u)/(1 + u)` and `1 − tanh² = 4u/(1 + u)²`. 1 − u and 1 + u are carried in two parts.
+#[inline(always)]
+pub fn tanh_sech2<V: Vector>(isa: V::Isa, x: V) -> (V, V)
+where
+    V::Elem: Real,
+{
+    let (zero, one, two) = (V::splat(isa, V::Elem::ZERO), V::splat(isa, V::Elem::ONE), V::splat(isa, V::Elem::from_f64(2.0)));
+    let magic = V::splat(isa, V::Elem::MAGIC);
+    let [ln2, ln2_rest] = V::Elem::LN2;
+    // In this order NaN passes. Beyond the clamp the exponential is 0.
+    let y = -V::splat(isa, V::Elem::CLAMP).min(x.abs() + x.abs());
+    let n = y.mul_add(V::splat(isa, V::Elem::from_f64(LOG2_E[0])), magic) - magic;
+    // Reduced by multiples of ln 2, not in units of it, so that n = 0 leaves y as it is: small arguments lose nothing.
+    let r = n.neg_mul_add(V::splat(isa, ln2), y);
+    let r = n.neg_mul_add(V::splat(isa, ln2_rest), r);
+    let em1 = (r * r).mul_add(polynomial(isa, V::Elem::EXPM1, r), r);
+    // For NaN any power will do: em1 is NaN itself.
+    // u − 1 and what its rounding took off (0 for n = 0; otherwise 2^n − 1 is the larger term, which leaves an exact difference).
+    let power = one.scale2(n);
+    let minus = em1.mul_add(power, power - one);
+    let minus_rest = em1.mul_add(power, (power - one) - minus);
+    // u + 1 likewise, and its inverse.
+    let plus = minus + two;
+    let plus_rest = (minus - (plus - two)) + minus_rest;
+    let inverse = one / plus;
+    // The quotient, and then what it leaves.
+    let t = -minus * inverse;
+    let rest = t.mul_add(plus_rest, t.mul_add(plus, minus)) + minus_rest;
+    let t = rest.neg_mul_add(inverse, t);
+    let t = V::select(x.lt(zero), -t, t);
+    // Also keeps the sign of zero.
+    let t = V::select(x.abs().le(V::splat(isa, V::Elem::TANH_TINY)), x, t);
+    // 4u as e^r·2^(n + 2), which is normal as long as the result is.
+    let power = one.scale2(n + two);
+    let error = inverse.neg_mul_add(plus_rest, inverse.neg_mul_add(plus, one));
+    let inverse = inverse.mul_add(error, inverse);
+    (t, em1.mul_add(power, power) * inverse * inverse)
+}

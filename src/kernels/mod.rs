@@ -1,0 +1,9 @@
+//! One row or one tile of columns at a time: no threads, no allocation, no Python, any instruction set, any element.
+
+#![forbid(unsafe_code)]
+
+pub mod columns;
+pub mod finish;
+pub mod math;
+pub mod rows;
+pub mod state;
