@@ -1,0 +1,173 @@
+//! Class indices: read once, checked, and used from the copy, so that another thread that changes them meanwhile can do no harm.
+
+use crate::array::{Array, Dims};
+use crate::kernels::state::Pair;
+
+use super::api::{Error, LossOptions, Target};
+use super::plan::Axes;
+
+/// Marks an entry without a class.
+pub const NONE: i64 = -1;
+
+/// Checked targets: `entries` classes per row with their shares.
+#[derive(Debug, Default)]
+pub struct Labels {
+    /// Entries per row.
+    pub entries: usize,
+    /// Class of entry j of row r at `r * entries + j`, or [`NONE`].
+    pub class: Vec<i64>,
+    /// Its share of the row's target, 1 when empty.
+    pub share: Vec<f64>,
+}
+
+/// Reads values of shape (rows, inner) in C order.
+pub fn read_all(array: &Array) -> Vec<f64> {
+    let strides: &[isize] = array.strides();
+    let axes = Axes::new(array.shape(), &[strides], 0..array.shape().len());
+    let mut values = vec![0.0; axes.size];
+    axes.runs(0, 0, axes.size, |offset, stride, start, n| array.read(offset, stride, n, &mut values[start..], 1));
+    values
+}
+
+fn classes(
+    argument: &'static str,
+    array: &Array,
+    classes: usize,
+    ignore: Option<i64>,
+    out: &mut [i64],
+    step: usize,
+    first: usize,
+) -> Result<(), Error> {
+    let axes = Axes::new(array.shape(), &[array.strides()], 0..array.shape().len());
+    let ignore = ignore.map(i128::from);
+    let mut buffer = [0_i128; 256];
+    let mut failure = None;
+    let limit = classes as i128;
+    axes.runs(0, 0, axes.size, |offset, stride, start, n| {
+        let mut done = 0;
+        while done < n && failure.is_none() {
+            let count = buffer.len().min(n - done);
+            array.read(offset + done as isize * stride, stride, count, &mut buffer, 1);
+            for (i, &value) in buffer[..count].iter().enumerate() {
+                let position = start + done + i;
+                let class = if Some(value) == ignore {
+                    NONE
+                } else if (0..limit).contains(&value) {
+                    value as i64
+                } else {
+                    failure = Some(Error::TargetOutOfBounds { argument, position, value });
+                    break;
+                };
+                out[position * step + first] = class;
+            }
+            done += count;
+        }
+    });
+    failure.map_or(Ok(()), Err)
+}
+
+impl Labels {
+    /// Reads and checks the targets of `rows` rows; `None` for class probabilities.
+    pub fn new(target: &Target, rows: usize, classes_len: usize, options: &LossOptions) -> Result<Option<Self>, Error> {
+        let ignore = options.ignore_index;
+        Ok(Some(match target {
+            Target::Probs(_) => return Ok(None),
+            Target::Index(array) => {
+                let mut class = vec![NONE; rows];
+                classes("target", array, classes_len, ignore, &mut class, 1, 0)?;
+                Self { entries: 1, class, share: Vec::new() }
+            }
+            Target::Mixup { a, b, lam } => {
+                let mut class = vec![NONE; 2 * rows];
+                classes("y_a", a, classes_len, ignore, &mut class, 2, 0)?;
+                classes("y_b", b, classes_len, ignore, &mut class, 2, 1)?;
+                let lam = read_all(lam);
+                if let Some(position) = lam.iter().position(|lam| !(0.0..=1.0).contains(lam)) {
+                    return Err(Error::BadValue { argument: "lam", position, value: lam[position] });
+                }
+                let share = lam.iter().flat_map(|&lam| [lam, 1.0 - lam]).collect();
+                Self { entries: 2, class, share }
+            }
+            Target::Sparse { indices, probs } => {
+                let entries = indices.shape().last().copied().unwrap_or(0);
+                let mut class = vec![NONE; entries * rows];
+                classes("indices", indices, classes_len, None, &mut class, 1, 0)?;
+                Self { entries, class, share: read_all(probs) }
+            }
+        }))
+    }
+
+    /// The entries of a row: (class, share), those without a class left out.
+    #[inline]
+    pub fn row(&self, row: usize) -> impl Iterator<Item = (usize, usize, f64)> + '_ {
+        let at = row * self.entries;
+        (0..self.entries).filter_map(move |j| {
+            let class = self.class[at + j];
+            (class != NONE).then(|| (j, class as usize, if self.share.is_empty() { 1.0 } else { self.share[at + j] }))
+        })
+    }
+}
+
+/// What is known of the rows before the logits are read.
+#[derive(Debug, Default)]
+pub struct RowWeights {
+    /// Sample weight per row; empty when all are 1.
+    pub sample: Vec<f64>,
+    /// Divisor of the mean.
+    pub divisor: f64,
+    /// Whether any row is kept.
+    pub any: bool,
+}
+
+impl RowWeights {
+    /// Reads the sample weights and sums the divisor, in row order.
+    pub fn new(labels: Option<&Labels>, sparse: bool, rows: usize, weight: &[f64], options: &LossOptions) -> Result<Self, Error> {
+        let sample = options.sample_weight.as_ref().map_or_else(Vec::new, read_all);
+        if let Some(position) = sample.iter().position(|&s| s.is_nan() || s < 0.0) {
+            return Err(Error::BadValue { argument: "sample_weight", position, value: sample[position] });
+        }
+        let mut this = Self { sample, divisor: 0.0, any: false };
+        if weight.is_empty() && this.sample.is_empty() && (labels.is_none() || sparse) {
+            this.divisor = rows as f64;
+            this.any = rows > 0;
+        } else {
+            let (mut sum, mut any) = (Pair::default(), false);
+            for row in (0..rows).filter(|&row| this.kept(labels, row)) {
+                let w = match labels {
+                    Some(labels) if !sparse => {
+                        labels.row(row).map(|(_, class, share)| share * weight.get(class).copied().unwrap_or(1.0)).sum()
+                    }
+                    _ => 1.0,
+                };
+                sum.add(w * this.sample_weight(row));
+                any = true;
+            }
+            this.divisor = sum.value();
+            this.any = any;
+        }
+        if let Some(normalizer) = options.normalizer {
+            this.divisor = normalizer;
+        }
+        Ok(this)
+    }
+
+    /// The sample weight of a row.
+    #[inline]
+    pub fn sample_weight(&self, row: usize) -> f64 {
+        if self.sample.is_empty() { 1.0 } else { self.sample[row] }
+    }
+
+    /// Whether a row counts.
+    #[inline]
+    pub fn kept(&self, labels: Option<&Labels>, row: usize) -> bool {
+        self.sample_weight(row) != 0.0
+            && labels.is_none_or(|labels| {
+                labels.entries == 0 || labels.class[row * labels.entries..(row + 1) * labels.entries].iter().any(|&class| class != NONE)
+            })
+    }
+}
+
+/// The shape of the rows: the logits' shape without the class axes.
+pub fn row_shape(shape: &[usize], axes: &[usize]) -> Dims<usize> {
+    shape.iter().enumerate().filter(|(axis, _)| !axes.contains(axis)).map(|(_, &len)| len).collect()
+}
