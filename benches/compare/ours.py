@@ -1,0 +1,82 @@
+"""Our own ways, and the variants that the targets compare with each other."""
+
+from __future__ import annotations
+
+import numpy as np
+from cases import Array, Case
+from peers import grad_answer, log_softmax_answer, loss_answer
+from timing import Way
+
+import crossent as ce
+
+WHO = "crossent"
+
+
+def our_ways(case: Case, place: Array) -> list[Way]:
+    """Loss, gradient in a new array, into one, in place, and log_softmax; `place` is an array like the logits to write to."""
+    x, y, axis = case.x, case.y, case.axis
+
+    def in_place() -> object:
+        return ce.cross_entropy_with_grad(place, y, axis=axis, out=place)
+
+    return [
+        Way(WHO, "loss", lambda: ce.cross_entropy(x, y, axis=axis), loss_answer),
+        Way(WHO, "grad", lambda: ce.cross_entropy_with_grad(x, y, axis=axis), grad_answer),
+        Way(WHO, "out", lambda: ce.cross_entropy_with_grad(x, y, axis=axis, out=place), grad_answer),
+        Way(WHO, "in place", in_place, grad_answer, lambda: np.copyto(place, x)),
+        Way(WHO, "log_softmax", lambda: ce.log_softmax(x, axis, out=place), log_softmax_answer),
+        Way(WHO, "log_softmax new", lambda: ce.log_softmax(x, axis), log_softmax_answer),
+    ]
+
+
+def layout_ways(case: Case, place: Array) -> list[Way]:
+    """The same numbers in other layouts (two-dimensional, classes last)."""
+    n, c = case.shape
+    fortran = np.asfortranarray(case.x)
+    backwards = np.ascontiguousarray(case.x[::-1, ::-1])[::-1, ::-1]
+    padded = np.zeros((n, c + 8), case.x.dtype)
+    padded[:, :c] = case.x
+    layouts = {"Fortran": fortran, "reversed": backwards, "row-strided": padded[:, :c]}
+    fortran_place = np.empty_like(fortran)
+    ways = []
+    for name, x in layouts.items():
+        out = fortran_place if name == "Fortran" else place
+        ways += [
+            Way(f"{WHO} {name}", "loss", lambda x=x: ce.cross_entropy(x, case.y), loss_answer),  # type: ignore[misc]
+            Way(f"{WHO} {name}", "out", lambda x=x, out=out: ce.cross_entropy_with_grad(x, case.y, out=out), grad_answer),  # type: ignore[misc]
+        ]
+    return ways
+
+
+def ignored_ways(case: Case, place: Array) -> list[Way]:
+    """Nine rows of ten ignored, and what writing zeros alone takes."""
+    y = case.y.copy()
+    y[np.arange(len(y)) % 10 != 0] = -100
+    x = case.x
+    return [
+        Way(f"{WHO} 90 % ignored", "loss", lambda: ce.cross_entropy(x, y)),
+        Way(f"{WHO} 90 % ignored", "out", lambda: ce.cross_entropy_with_grad(x, y, out=place)),
+        Way("limit", "zeros", lambda: place.fill(0)),
+    ]
+
+
+def level_ways(case: Case, place: Array, level: str) -> list[Way]:
+    """Another instruction set; switching is not timed."""
+    best = ce.simd_level()
+    ways = []
+    for way in our_ways(case, place):
+        if way.op in {"loss", "out", "in place", "log_softmax"}:
+
+            def prepare(way: Way = way) -> None:
+                if way.prepare is not None:
+                    way.prepare()
+                ce.set_simd_level(level)
+
+            def call(way: Way = way) -> object:
+                try:
+                    return way.call()
+                finally:
+                    ce.set_simd_level(best)
+
+            ways.append(Way(f"{WHO} {level}", way.op, call, way.answer, prepare))
+    return ways

@@ -1,0 +1,96 @@
+"""Interleaved rounds: every way is called once per round, so that a busy moment of the machine meets all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cases import Array, Case, WrongAnswerError
+
+
+@dataclass
+class Way:
+    """One library's way to one result."""
+
+    who: str
+    # loss, grad (loss + gradient in a new array), out, in place, log_softmax (into an array where that is offered), log_softmax new, ...
+    op: str
+    call: Callable[[], Any]
+    # From what `call` returned to (loss, gradient, log_softmax), each None if not computed.
+    answer: Callable[[Any], tuple[float | None, Array | None, Array | None]] | None = None
+    # Run before every sample, not timed: restores what the call overwrites.
+    prepare: Callable[[], Any] | None = None
+
+
+# Seconds by (operation, library).
+Medians = dict[tuple[str, str], float]
+
+
+def clock(way: Way, calls: int) -> float:
+    """Seconds per call."""
+    if way.prepare is not None:
+        way.prepare()
+    call = way.call
+    if calls == 1:
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        # Freeing the result is the caller's business, after the clock has stopped.
+        del result
+        return seconds
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(case: Case, ways: list[Way], budget: float, rounds: int = 25) -> tuple[Medians, dict[tuple[str, str], str]]:
+    """Check every way, then time all that passed (and inexact 16-bit peers); at most `budget` seconds but at least 3 rounds."""
+    failed: dict[tuple[str, str], str] = {}
+    sound = []
+    calls: dict[int, int] = {}
+    slow: set[int] = set()
+    for way in ways:
+        try:
+            if way.prepare is not None:
+                way.prepare()
+            result = way.call()
+            if way.answer is not None:
+                try:
+                    case.check(f"{way.who} {way.op}", *way.answer(result))
+                except WrongAnswerError as error:
+                    # 16-bit means overflow elsewhere: that is worth a line, and the time is worth knowing all the same.
+                    if way.who.startswith("crossent") or case.x.dtype.itemsize > 2:
+                        raise
+                    failed[way.op, way.who] = f"timed although inexact: {error}"
+            del result
+            once = min(clock(way, 1) for _ in range(2))
+        except Exception as error:
+            if way.who.startswith("crossent"):
+                raise
+            failed[way.op, way.who] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        calls[id(way)] = max(1, min(20000, int(2e-3 / once))) if once < 1e-3 else 1
+        if once > budget / 20:
+            slow.add(id(way))
+        sound.append(way)
+
+    samples: dict[tuple[str, str], list[float]] = {(way.op, way.who): [] for way in sound}
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + budget
+        for round_number in range(rounds):
+            if round_number >= 3 and time.perf_counter() > end:
+                break
+            for way in sound:
+                # A way that would eat the whole budget gets three samples; the others go on.
+                if round_number < 3 or id(way) not in slow:
+                    samples[way.op, way.who].append(clock(way, calls[id(way)]))
+    finally:
+        gc.enable()
+    return {key: statistics.median(values) for key, values in samples.items()}, failed
