@@ -293,8 +293,8 @@ impl<'a> Out<'a> {
         match self.0.dtype {
             DType::F32 => copy!(f32, |x: T| x.to_f64() as f32),
             DType::F64 => copy!(f64, |x: T| x.to_f64()),
-            DType::F16 => copy!(f16, |x: T| f16::from_f64(x.to_f64())),
-            DType::Bf16 => copy!(bf16, |x: T| bf16::from_f64(x.to_f64())),
+            DType::F16 => copy!(f16, |x: T| f16::from_f32(round_to_odd(x.to_f64()))),
+            DType::Bf16 => copy!(bf16, |x: T| bf16::from_f32(round_to_odd(x.to_f64()))),
             _ => unreachable!("results are floats"),
         }
     }
@@ -315,6 +315,20 @@ impl<'a> Out<'a> {
             unsafe { self.0.ptr.offset(offset + i as isize * stride).write_bytes(0, bytes) }
         }
     }
+}
+
+/// To single precision such that a second rounding, to a half type, gives what one rounding would: truncated, the last bit set when inexact.
+/// (The conversions from float64 of the crate `half` look at the upper 32 bits only, which moves numbers just above a tie.)
+#[inline(always)]
+fn round_to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    let back = f64::from(nearest);
+    if back == x || x.is_nan() {
+        return nearest;
+    }
+    // One step towards zero where rounding went away from it; infinity steps to the largest finite number.
+    let bits = if back.abs() > x.abs() { nearest.to_bits() - 1 } else { nearest.to_bits() };
+    f32::from_bits(bits | 1)
 }
 
 /// C-order strides in bytes.
@@ -482,7 +496,7 @@ macro_rules! half_element {
             const DTYPE: DType = DType::$dtype;
             #[inline(always)]
             fn from_f64(x: f64) -> Self {
-                <$type>::from_f64(x)
+                <$type>::from_f32(round_to_odd(x))
             }
             #[inline(always)]
             fn to_acc(self) -> f32 {
@@ -772,4 +786,31 @@ pub fn lanes<S: Isa, T: Float>(v: Vf<S, T>) -> [T; 16] {
     // SAFETY: a vector has at most 16 lanes, checked above.
     unsafe { v.store(out.as_mut_ptr()) };
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both sides of every tie between two neighbours, further apart than float64 resolves and less than float32 does.
+    fn ties_are_kept_apart<E: Element<Acc = f32>>(from_bits: impl Fn(u16) -> E, infinity: u16) {
+        for bits in 0..infinity - 1 {
+            let (low, high) = (f64::from(from_bits(bits).to_acc()), f64::from(from_bits(bits + 1).to_acc()));
+            let tie = f64::midpoint(low, high);
+            let even = if bits % 2 == 0 { low } else { high };
+            for (x, expected) in [(tie.next_down(), low), (tie, even), (tie.next_up(), high), (low, low)] {
+                for sign in [1.0, -1.0] {
+                    assert_eq!(f64::from(E::from_f64(sign * x).to_acc()), sign * expected, "{x:e} from {low:e} and {high:e}");
+                }
+            }
+        }
+        assert_eq!(E::from_f64(1e300).to_acc(), f32::INFINITY);
+        assert!(E::from_f64(f64::NAN).to_acc().is_nan());
+    }
+
+    #[test]
+    fn float64_is_rounded_once_to_half_types() {
+        ties_are_kept_apart(f16::from_bits, f16::INFINITY.to_bits());
+        ties_are_kept_apart(bf16::from_bits, bf16::INFINITY.to_bits());
+    }
 }

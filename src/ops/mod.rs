@@ -3,13 +3,18 @@
 #![forbid(unsafe_code)]
 
 mod api;
-mod driver;
+mod by_columns;
+mod by_rows;
+mod entry;
+mod job;
 mod plan;
+mod scratch;
+mod source;
 mod targets;
 mod vjp;
 
 pub use api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
-pub use driver::{cross_entropy, log_softmax, logsumexp, softmax};
+pub use entry::{cross_entropy, log_softmax, logsumexp, softmax};
 pub use vjp::{log_softmax_vjp, nll_loss, softmax_vjp};
 
 /// Runs `$body` with the type alias `$E` standing for the element type of a float dtype.

@@ -1,0 +1,77 @@
+//! The operations: what each function of the public API is to the core.
+
+use crate::array::{Array, Out};
+use crate::kernels::columns;
+use crate::kernels::finish::Terms;
+
+use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
+use super::job::{Job, Kind};
+use super::plan::Path;
+use super::source::Bend;
+use super::targets::{Labels, RowWeights, read_all};
+
+/// `log Σ exp(x)` over `axes`; `out` has the other axes.
+pub fn logsumexp(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<(), Error> {
+    Job::new(Kind::LogSumExp, x, axes, None, None, Some(out), None, Bend::default(), exec.level)?.run(exec).map(|_| ())
+}
+
+/// `exp(x − logsumexp(x))` over `axes`.
+pub fn softmax(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<(), Error> {
+    Job::new(Kind::Softmax, x, axes, Some(out), None, None, None, Bend::default(), exec.level)?.run(exec).map(|_| ())
+}
+
+/// `x − logsumexp(x)` over `axes`.
+pub fn log_softmax(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<(), Error> {
+    Job::new(Kind::LogSoftmax, x, axes, Some(out), None, None, None, Bend::default(), exec.level)?.run(exec).map(|_| ())
+}
+
+/// Cross-entropy of logits; the reduced loss, or 0 when the rows go to `rows`. Everything is checked before anything is written.
+pub fn cross_entropy(
+    exec: &Exec,
+    logits: &Array,
+    axis: usize,
+    target: &Target,
+    options: &LossOptions,
+    rows: Option<&Out>,
+    grad: Option<&Grad>,
+) -> Result<f64, Error> {
+    let probs = if let Target::Probs(probs) = target { Some(probs) } else { None };
+    let upstream = grad.and_then(|grad| if let GradOutput::Rows(rows) = &grad.grad_output { Some(rows) } else { None });
+    let bend = Bend { softcap: options.softcap, mask: options.mask.as_ref() };
+    let mut job = Job::new(Kind::Loss, logits, &[axis], grad.map(|grad| &grad.out), probs, rows, upstream, bend, exec.level)?;
+    job.weight = options.weight.as_ref().map_or_else(Vec::new, read_all);
+    if !job.weight.is_empty() && job.weight.len() != job.classes.size {
+        return Err(Error::Invalid("weight must have one element per class"));
+    }
+    let labels = Labels::new(target, job.rows.size, job.classes.size, options)?;
+    let sparse = matches!(target, Target::Sparse { .. });
+    job.weights = RowWeights::new(labels.as_ref(), sparse, job.rows.size, &job.weight, options)?;
+    let divisor = if options.reduction == Reduction::Mean { job.weights.divisor } else { 1.0 };
+    let e = options.label_smoothing;
+    job.keep = 1.0 - e;
+    job.spread = if e == 0.0 { 0.0 } else { e / job.classes.size as f64 };
+    if let Some(grad) = grad {
+        job.g = if let GradOutput::Scalar(g) = grad.grad_output { g } else { 1.0 };
+        if options.reduction == Reduction::Mean {
+            job.g /= divisor;
+        }
+    }
+    job.terms = Terms {
+        scale: 1.0 / options.temperature,
+        z_loss: options.z_loss,
+        entries: labels.as_ref().map_or(0, |labels| labels.entries),
+        dense: probs.is_some() || e > 0.0,
+        loss: true,
+    };
+    if job.probs.is_some() && (e > 0.0 || !job.weight.is_empty()) && job.classes.size > columns::BLOCK {
+        // Probabilities that are not the target mass themselves cannot be read in place.
+        job.read = Path::Gathered;
+    }
+    job.labels = labels;
+    let sum = job.run(exec)?;
+    Ok(match options.reduction {
+        Reduction::Mean => sum / divisor,
+        Reduction::Sum => sum,
+        Reduction::None => 0.0,
+    })
+}

@@ -1,0 +1,368 @@
+//! A call as data, and the loop over its rows: reduce → finish → emit behind softmax, log-softmax, logsumexp and cross-entropy.
+
+use std::sync::Mutex;
+
+use crate::array::{Array, DType, Dims, Element, Out};
+use crate::kernels::columns;
+use crate::kernels::finish::{Terms, Tile, WIDTH};
+use crate::kernels::state::Pair;
+use crate::simd::{Isa, Kernel, Level};
+use crate::threads;
+
+use super::api::{Error, Exec};
+use super::by_columns::work_columns;
+use super::by_rows::work_rows;
+use super::plan::{Axes, Path, path, with_axes};
+use super::scratch::{SCRATCH, Scratch, Work};
+use super::source::{Bend, gather_logits, row_spread};
+use super::targets::{Labels, RowWeights, row_shape};
+use super::with_element;
+
+/// Elements per task: enough to be worth handing to another thread, and a function of the shape alone, so that the bits do not depend on the threads.
+pub(super) const TASK: usize = 1 << 15;
+
+/// What is computed of every row.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Softmax,
+    LogSoftmax,
+    LogSumExp,
+    Loss,
+}
+
+/// Operands of the class axes and of the row axes.
+pub(super) const X: usize = 0;
+pub(super) const OUT: usize = 1;
+pub(super) const PROBS: usize = 2;
+/// Operands of the row axes alone.
+pub(super) const RESULT: usize = 3;
+pub(super) const UPSTREAM: usize = 4;
+/// Operand of both again.
+pub(super) const MASK: usize = 5;
+
+pub(super) struct Job<'a> {
+    pub(super) kind: Kind,
+    pub(super) x: &'a Array<'a>,
+    pub(super) out: Option<&'a Out<'a>>,
+    pub(super) probs: Option<&'a Array<'a>>,
+    pub(super) result: Option<&'a Out<'a>>,
+    pub(super) upstream: Option<&'a Array<'a>>,
+    pub(super) level: Level,
+    pub(super) classes: Axes,
+    pub(super) rows: Axes,
+    pub(super) read: Path,
+    pub(super) write: Path,
+    pub(super) labels: Option<Labels>,
+    pub(super) weights: RowWeights,
+    pub(super) bend: Bend<'a>,
+    /// Class weights, empty when all are 1.
+    pub(super) weight: Vec<f64>,
+    /// Share of the target that stays where it is: 1 − e.
+    pub(super) keep: f64,
+    /// Share per class that smoothing adds: e / C.
+    pub(super) spread: f64,
+    /// Multiplies every gradient: upstream / divisor.
+    pub(super) g: f64,
+    pub(super) terms: Terms,
+    /// A function of the shape alone.
+    pub(super) rows_per_task: usize,
+}
+
+impl<'a> Job<'a> {
+    /// Whether every row has a dense stream of its own.
+    pub(super) fn own_dense(&self) -> bool {
+        self.terms.dense && (self.probs.is_some() || self.bend.mask.is_some())
+    }
+
+    /// A job without targets. `operands` are out, probs, result and upstream strides, in the logits' axes.
+    pub(super) fn new(
+        kind: Kind,
+        x: &'a Array<'a>,
+        axes: &[usize],
+        out: Option<&'a Out<'a>>,
+        probs: Option<&'a Array<'a>>,
+        result: Option<&'a Out<'a>>,
+        upstream: Option<&'a Array<'a>>,
+        bend: Bend<'a>,
+        level: Level,
+    ) -> Result<Self, Error> {
+        let shape = x.shape();
+        let ndim = shape.len();
+        if axes.iter().any(|&axis| axis >= ndim) || !x.dtype().is_float() {
+            return Err(Error::Invalid("axis or dtype of the logits"));
+        }
+        let rows_shape = row_shape(shape, axes);
+        for like in out.iter().map(|out| out.array()).chain(probs) {
+            if like.shape() != shape || !like.dtype().is_float() {
+                return Err(Error::Invalid("an array does not have the logits' shape"));
+            }
+        }
+        for rows in result.iter().map(|out| out.array()).chain(upstream) {
+            if rows.shape() != &rows_shape[..] || !rows.dtype().is_float() {
+                return Err(Error::Invalid("an array does not have the shape of the rows"));
+            }
+        }
+        if out.is_some_and(|out| out.array().dtype() != x.dtype()) || result.is_some_and(|r| r.array().dtype() != x.dtype().row_dtype()) {
+            return Err(Error::Invalid("dtype of a result"));
+        }
+        let strides = x.strides();
+        let like = |array: Option<&Array>| array.map_or_else(|| strides.into(), |a| a.strides().into());
+        if bend.mask.is_some_and(|mask| mask.shape() != shape) {
+            return Err(Error::Invalid("where does not have the logits' shape"));
+        }
+        let none = with_axes(&[], ndim, &(0..ndim).collect::<Vec<_>>());
+        let reduced = |array: Option<&Array>| array.map_or_else(|| none.clone(), |a| with_axes(a.strides(), ndim, axes));
+        let operands: [Dims<isize>; 5] =
+            [strides.into(), like(out.map(Out::array)), like(probs), reduced(result.map(Out::array)), reduced(upstream)];
+        let views: [&[isize]; 5] = [&operands[0], &operands[1], &operands[2], &operands[3], &operands[4]];
+        // Operands that are not there must not keep axes apart: they alias the logits for whole arrays and are left out for rows.
+        let mut present = vec![views[0], views[1], views[2]];
+        let absent = views[0];
+        present.push(if result.is_some() { views[3] } else { absent });
+        present.push(if upstream.is_some() { views[4] } else { absent });
+        let mask_strides: Dims<isize> = like(bend.mask);
+        present.push(&mask_strides);
+        let classes = Axes::new(shape, &present_classes(&present, bend.mask.is_some()), axes.iter().copied());
+        let rows = Axes::new(shape, &present, (0..ndim).filter(|axis| !axes.contains(axis)));
+        let mut read = path(x, X, &classes, &rows);
+        let mut write = out.map_or(read, |out| path(out.array(), OUT, &classes, &rows));
+        if read == Path::Columns && classes.size > columns::BLOCK {
+            // The tile of probabilities must be readable in place, as it would not fit a bounded block.
+            if let Some(probs) = probs
+                && (probs.dtype() != x.dtype().row_dtype() || path(probs, PROBS, &classes, &rows) != Path::Columns)
+            {
+                read = Path::Gathered;
+            }
+        }
+        // A class axis of length 1 is adjacent and strided at once; with few classes only columns matter.
+        let columns_of =
+            |array: &Array, operand| array.is_plain() && classes.is_line() && rows.inner_stride(operand) == array.dtype().size() as isize;
+        if classes.size <= columns::BLOCK {
+            if columns_of(x, X) && (classes.size == 1 || read != Path::Rows) {
+                read = Path::Columns;
+            }
+            if out.is_some_and(|out| columns_of(out.array(), OUT)) {
+                write = Path::Columns;
+            }
+        }
+        if bend.is_some() {
+            (read, write) = (Path::Gathered, Path::Gathered);
+        }
+        let per_row = TASK / classes.size.max(1);
+        let rows_per_task = if per_row >= WIDTH { per_row / WIDTH * WIDTH } else { per_row.max(1) };
+        let rows_per_task = if read == Path::Columns { rows_per_task.max(WIDTH) } else { rows_per_task };
+        Ok(Self {
+            kind,
+            x,
+            out,
+            probs,
+            result,
+            upstream,
+            level,
+            bend,
+            classes,
+            rows,
+            read,
+            write,
+            labels: None,
+            weights: RowWeights::default(),
+            weight: Vec::new(),
+            keep: 1.0,
+            spread: 0.0,
+            g: 1.0,
+            terms: Terms { scale: 1.0, z_loss: 0.0, entries: 0, dense: false, loss: kind == Kind::Loss },
+            rows_per_task,
+        })
+    }
+
+    /// Runs over all rows and returns the sum of the row results.
+    pub(super) fn run(&self, exec: &Exec) -> Result<f64, Error> {
+        let tasks = self.rows.size.div_ceil(self.rows_per_task);
+        let work = |task: usize| -> Result<Pair, Error> {
+            let first = task * self.rows_per_task;
+            let last = self.rows.size.min(first + self.rows_per_task);
+            let mut scratch = SCRATCH.take().unwrap_or_default();
+            let sum = with_element!(self.x.dtype(), E => {
+                exec.level.run(Chunk::<E> { job: self, first, last, scratch: &mut scratch, element: core::marker::PhantomData })
+            });
+            SCRATCH.set(Some(scratch));
+            Ok(sum)
+        };
+        let mut total = Pair::default();
+        if tasks < 2 || exec.threads <= 1 || self.rows.size * self.classes.size < 2 * TASK {
+            for task in 0..tasks {
+                total.merge(work(task)?);
+            }
+            return Ok(total.value());
+        }
+        let partial = Mutex::new(vec![Pair::default(); tasks]);
+        threads::for_each(exec.threads, tasks, &|task| {
+            // The dtype was checked when the job was made.
+            if let Ok(sum) = work(task)
+                && let Ok(mut partial) = partial.lock()
+            {
+                partial[task] = sum;
+            }
+        });
+        for sum in partial.into_inner().unwrap_or_default() {
+            total.merge(sum);
+        }
+        Ok(total.value())
+    }
+}
+
+/// The operands that have class axes; the row operands stand for themselves only among rows.
+pub(super) fn present_classes<'s>(strides: &[&'s [isize]], mask: bool) -> Vec<&'s [isize]> {
+    let mut classes = strides.to_vec();
+    (classes[RESULT], classes[UPSTREAM]) = (strides[X], strides[X]);
+    if !mask {
+        classes[MASK] = strides[X];
+    }
+    classes
+}
+
+/// Rows of one task, as a kernel.
+pub(super) struct Chunk<'j, 'a, E> {
+    pub(super) job: &'j Job<'a>,
+    pub(super) first: usize,
+    pub(super) last: usize,
+    pub(super) scratch: &'j mut Scratch,
+    pub(super) element: core::marker::PhantomData<E>,
+}
+
+impl<E: Element> Kernel for Chunk<'_, '_, E>
+where
+    E::Acc: Work,
+{
+    type Output = Pair;
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> Pair {
+        let Chunk { job, first, last, scratch, .. } = self;
+        let mut sum = Pair::default();
+        let mut kept = [0; WIDTH];
+        let by_rows = job.classes.size > columns::BLOCK && job.read != Path::Columns;
+        // Rows that are finished together stay in the cache until they are written.
+        let group = if by_rows { (TASK / 2 / job.classes.size).clamp(1, 16) } else { WIDTH };
+        let mut row = first;
+        while row < last {
+            let mut n = 0;
+            let start = row;
+            if !by_rows && job.read == Path::Columns {
+                let inner = job.rows.inner_len();
+                let run = group.min(last - row).min(inner - row % inner);
+                let mut any = false;
+                for r in row..row + run {
+                    kept[r - row] = r;
+                    any |= job.weights.kept(job.labels.as_ref(), r);
+                }
+                row += run;
+                n = if any { run } else { 0 };
+            } else {
+                while row < last && n < group {
+                    if job.weights.kept(job.labels.as_ref(), row) {
+                        kept[n] = row;
+                        n += 1;
+                    }
+                    row += 1;
+                }
+            }
+            let kept = &kept[..n];
+            if n > 0 {
+                if by_rows {
+                    work_rows::<S, E, E::Acc>(isa, job, kept, scratch);
+                } else {
+                    work_columns::<S, E, E::Acc>(isa, job, kept, scratch);
+                }
+            }
+            settle(job, start, row, kept, &scratch.tile, &mut sum);
+        }
+        sum
+    }
+}
+
+/// Writes row results, zero gradients of ignored rows and the patches, and sums the losses.
+pub(super) fn settle(job: &Job, start: usize, end: usize, kept: &[usize], tile: &Tile, sum: &mut Pair) {
+    let single = job.x.dtype().row_dtype() == DType::F32;
+    let mut at = 0;
+    for row in start..end {
+        let here = at < kept.len() && kept[at] == row;
+        let slot = at;
+        at += usize::from(here);
+        // A tile of adjacent columns carries its ignored rows along.
+        if here && (job.kind != Kind::Loss || job.weights.kept(job.labels.as_ref(), row)) {
+            let value = match job.kind {
+                // The sum over no classes.
+                Kind::Loss if job.classes.size == 0 => 0.0,
+                Kind::Loss => tile.loss[slot],
+                _ => tile.lse[slot],
+            };
+            let value = if single { f64::from(value as f32) } else { value };
+            sum.add(value);
+            if let Some(result) = job.result {
+                result.set(job.rows.offset(RESULT, row), value);
+            }
+            if job.kind == Kind::Loss
+                && let Some(out) = job.out
+            {
+                let base = job.rows.offset(OUT, row);
+                if job.terms.dense && tile.ties[slot] == 1.0 {
+                    out.set(base + job.classes.offset(OUT, tile.arg[slot] as usize), tile.top[slot]);
+                }
+                if let Some(labels) = &job.labels {
+                    for (j, class, _) in labels.row(row) {
+                        out.set(base + job.classes.offset(OUT, class), tile.patch[j * WIDTH + slot]);
+                    }
+                }
+            }
+        } else {
+            if let Some(result) = job.result {
+                result.set(job.rows.offset(RESULT, row), 0.0);
+            }
+            if let Some(out) = job.out {
+                let base = job.rows.offset(OUT, row);
+                job.classes.runs(OUT, 0, job.classes.size, |offset, stride, _, n| out.zero(base + offset, stride, n));
+            }
+        }
+    }
+}
+
+/// Fills the per-row inputs of `finish`. Reads the target logits, which the reduction may overwrite.
+pub(super) fn prepare<E: Work>(job: &Job, kept: &[usize], tile: &mut Tile) {
+    let entries = job.terms.entries;
+    tile.reserve(entries);
+    if job.kind != Kind::Loss {
+        return;
+    }
+    for (slot, &row) in kept.iter().enumerate() {
+        let weight = job.weights.sample_weight(row);
+        tile.weight[slot] = weight;
+        let upstream = job.upstream.map_or(1.0, |g| g.get::<f64>(job.rows.offset(UPSTREAM, row)));
+        tile.g[slot] = job.g * weight * upstream;
+        let Some(labels) = &job.labels else { continue };
+        let base = job.rows.offset(X, row);
+        let spread = row_spread(job, row);
+        for j in 0..entries {
+            tile.mass[j * WIDTH + slot] = 0.0;
+            tile.mass_all[j * WIDTH + slot] = 0.0;
+            tile.x_target[j * WIDTH + slot] = 0.0;
+        }
+        for (j, class, share) in labels.row(row) {
+            let w = job.weight.get(class).copied().unwrap_or(1.0);
+            let mass = share * job.keep * w;
+            let at = j * WIDTH + slot;
+            tile.mass[at] = mass;
+            tile.x_target[at] = if job.bend.is_some() {
+                let mut x = [E::ZERO];
+                gather_logits(job, row, class, &mut x, 1, 1);
+                x[0].to_f64()
+            } else {
+                job.x.get::<f64>(base + job.classes.offset(X, class))
+            };
+            let mut all = mass;
+            if entries > 1 {
+                all = labels.row(row).filter(|&(_, other, _)| other == class).map(|(_, _, share)| share * job.keep * w).sum();
+            }
+            tile.mass_all[at] = all + spread * w;
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Scratch memory, one set per thread, kept between calls.
+
+use std::cell::Cell;
+
+use crate::array::{Float, FromNumber};
+use crate::kernels::finish::Tile;
+use crate::kernels::state::{Reference, Summand};
+
+/// Scratch of one thread, kept between calls.
+#[derive(Default)]
+pub(super) struct Scratch {
+    pub(super) tile: Tile,
+    pub(super) single: Buffers<f32>,
+    pub(super) double: Buffers<f64>,
+    pub(super) references: Vec<Reference>,
+}
+
+#[derive(Default)]
+pub(super) struct Buffers<T> {
+    pub(super) x: Vec<T>,
+    pub(super) dense: Vec<T>,
+    pub(super) shared: Vec<T>,
+    pub(super) block: Vec<T>,
+}
+
+thread_local! {
+    pub(super) static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
+}
+
+/// Float types with scratch buffers.
+pub(super) trait Work: Summand + FromNumber {
+    fn buffers(scratch: &mut Scratch) -> (&mut Tile, &mut Buffers<Self>, &mut Vec<Reference>);
+}
+impl Work for f32 {
+    fn buffers(scratch: &mut Scratch) -> (&mut Tile, &mut Buffers<Self>, &mut Vec<Reference>) {
+        (&mut scratch.tile, &mut scratch.single, &mut scratch.references)
+    }
+}
+impl Work for f64 {
+    fn buffers(scratch: &mut Scratch) -> (&mut Tile, &mut Buffers<Self>, &mut Vec<Reference>) {
+        (&mut scratch.tile, &mut scratch.double, &mut scratch.references)
+    }
+}
+
+pub(super) fn room<T: Float>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::ZERO);
+    }
+    &mut buffer[..len]
+}
