@@ -154,6 +154,11 @@ def constants():
         degree = {24: 6, 53: 11}[bits]
         values, error = exp2_polynomial(bits, degree, reach)
         yield name, "EXP2", values, error
+        # With 8 and 16 steps per octave.
+        for steps, degree_of in ((8, {24: 4, 53: 7}), (16, {24: 3, 53: 6})):
+            values, error = exp2_polynomial(bits, degree_of[bits], mpf(1) / (2 * steps) + mpf(2) ** -slack)
+            yield name, f"EXP2_{steps}", values, error
+        yield name, "OCTAVE", [round_to(mpf(2) ** (mpf(j) / 16), bits) for j in range(16)], None
         values, error = expm1_polynomial(bits, degree + 1)
         yield name, "EXPM1", values, error
         yield name, "LN2", split(mp.log(2), bits), None

@@ -60,6 +60,14 @@ pub trait Real: Float {
     const TANH_TINY: Self;
     /// `2^r = 1 + r·(c0 + c1·r + …)` for r in [−1/2, 1/2] and a little.
     const EXP2: &'static [Self];
+    /// The same for r in [−1/16, 1/16] and a little: eight steps per octave.
+    const EXP2_8: &'static [Self];
+    /// The same for r in [−1/32, 1/32] and a little: sixteen steps per octave.
+    const EXP2_16: &'static [Self];
+    /// 2^(j/16).
+    const OCTAVE: [Self; 16];
+    /// The bias of its exponents.
+    const EXPONENT_BIAS: Self;
     /// `e^r − 1 = r + r²·(c0 + c1·r + …)` for |r| <= ln(2)/2 and a little.
     const EXPM1: &'static [Self];
     /// ln 2 in two parts.
@@ -78,6 +86,29 @@ impl Real for f32 {
     const TANH_TINY: f32 = 1.0 / 8192.0;
     // Error 2^-28.2.
     const EXP2: &'static [f32] = &[0.693_147_2, 0.240_226_48, 0.055_503_584, 0.009_618_503, 0.001_339_166_5, 0.000_153_288_23];
+    // Error 2^-31.8.
+    const EXP2_8: &'static [f32] = &[0.693_147_2, 0.240_226_52, 0.055_508_66, 0.009_614_754];
+    // Error 2^-28.6.
+    const EXP2_16: &'static [f32] = &[0.693_147_2, 0.240_236_34, 0.055_502_795];
+    const OCTAVE: [f32; 16] = [
+        1.0,
+        1.044_273_7,
+        1.090_507_7,
+        1.138_788_6,
+        1.189_207_1,
+        1.241_857_8,
+        1.296_839_6,
+        1.354_255_6,
+        1.414_213_5,
+        1.476_826_2,
+        1.542_210_8,
+        1.610_490_3,
+        1.681_792_9,
+        1.756_252_2,
+        1.834_008_1,
+        1.915_206_6,
+    ];
+    const EXPONENT_BIAS: f32 = 127.0;
     // Error 2^-31.1.
     const EXPM1: &'static [f32] = &[0.5, 0.166_666_66, 0.041_666_493, 0.008_333_544, 0.001_393_234, 0.000_197_634_3];
     const LN2: [f32; 2] = [0.693_147_2, -1.904_654_2e-9];
@@ -106,6 +137,44 @@ impl Real for f64 {
         7.073_232_741_710_745e-9,
         4.438_863_668_251_310_5e-10,
     ];
+    // Error 2^-58.0.
+    const EXP2_8: &'static [f64] = &[
+        0.693_147_180_559_945_3,
+        0.240_226_506_959_114_32,
+        0.055_504_108_664_901_3,
+        0.009_618_129_086_208_696,
+        0.001_333_355_776_117_323_9,
+        0.000_154_045_000_500_369_5,
+        1.525_811_886_922_743_1e-5,
+    ];
+    // Error 2^-57.0.
+    const EXP2_16: &'static [f64] = &[
+        0.693_147_180_559_946_8,
+        0.240_226_506_959_099_06,
+        0.055_504_108_652_166,
+        0.009_618_129_112_225_943,
+        0.001_333_381_829_430_772_1,
+        0.000_154_033_460_490_076_5,
+    ];
+    const OCTAVE: [f64; 16] = [
+        1.0,
+        1.044_273_782_427_413_8,
+        1.090_507_732_665_257_7,
+        1.138_788_634_756_691_6,
+        1.189_207_115_002_721,
+        1.241_857_812_073_484,
+        1.296_839_554_651_009_6,
+        1.354_255_546_936_892_7,
+        1.414_213_562_373_095_1,
+        1.476_826_145_939_499_3,
+        1.542_210_825_407_940_7,
+        1.610_490_331_949_254_3,
+        1.681_792_830_507_429,
+        1.756_252_160_373_299_5,
+        1.834_008_086_409_342_4,
+        1.915_206_561_397_147_4,
+    ];
+    const EXPONENT_BIAS: f64 = 1023.0;
     // Error 2^-61.5.
     const EXPM1: &'static [f64] = &[
         0.5,
@@ -135,6 +204,20 @@ fn polynomial<V: Vector>(isa: V::Isa, c: &'static [V::Elem], x: V) -> V {
     sum
 }
 
+/// `2^r` for `|r|` up to half a step of `1/2^STEPS` and a little.
+#[inline(always)]
+fn pow2<V: Vector>(isa: V::Isa, r: V, steps: u32) -> V
+where
+    V::Elem: Real,
+{
+    let c = match steps {
+        4 => V::Elem::EXP2_16,
+        3 => V::Elem::EXP2_8,
+        _ => V::Elem::EXP2,
+    };
+    r.mul_add(polynomial(isa, c, r), V::splat(isa, V::Elem::ONE))
+}
+
 /// Exponentials relative to an integral power of two.
 #[derive(Clone, Copy, Debug)]
 pub struct Exp<V: Vector> {
@@ -142,6 +225,7 @@ pub struct Exp<V: Vector> {
     magic: V,
     hi: V,
     lo: V,
+    octave: V::Octave,
 }
 
 impl<V: Vector> Exp<V>
@@ -157,7 +241,8 @@ where
         // The same number in two parts of the type. For f64 the first is `hi` and nothing changes.
         let first = V::Elem::from_f64(hi);
         let second = V::Elem::from_f64((hi - first.to_f64()) + lo);
-        Self { isa, magic: V::splat(isa, V::Elem::MAGIC), hi: V::splat(isa, first), lo: V::splat(isa, second) }
+        let octave = V::octave(isa, &V::Elem::OCTAVE);
+        Self { isa, magic: V::splat(isa, V::Elem::MAGIC), hi: V::splat(isa, first), lo: V::splat(isa, second), octave }
     }
 
     /// `2^(x·scale·log2 e − k)` for integral k. x is NaN (which gives NaN) or |x·scale| <= `LIMIT + CLAMP`.
@@ -187,7 +272,56 @@ where
 
     #[inline(always)]
     fn pow2(self, r: V) -> V {
-        r.mul_add(polynomial(self.isa, V::Elem::EXP2, r), V::splat(self.isa, V::Elem::ONE))
+        pow2(self.isa, r, 0)
+    }
+
+    /// The quick exponentials of many x that are not far above one maximum, see [`Anchored`].
+    #[inline(always)]
+    pub fn anchor(self, k: V) -> Anchored<V> {
+        let bias = V::splat(self.isa, V::Elem::EXPONENT_BIAS);
+        // 1.5·2^(digits − 1 − STEPS): sums with it are rounded to whole steps.
+        let magic = V::splat(self.isa, V::Elem::from_f64(V::Elem::MAGIC.to_f64() / f64::from(1_u32 << V::STEPS)));
+        Anchored { isa: self.isa, hi: self.hi, lo: self.lo, magic: magic + (bias - k), floor: (k - bias) / self.hi, octave: self.octave }
+    }
+}
+
+/// `2^(x·scale·log2 e − k)` for one integral k, in few operations: the sum that rounds x·log2 e to whole steps has −k and the exponent's
+/// bias in it, so that its low bits are the exponent and the index of the table at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Anchored<V: Vector> {
+    isa: V::Isa,
+    hi: V,
+    lo: V,
+    /// Rounds to steps, adds the bias, takes k off.
+    magic: V,
+    /// What has an exponential of exactly 0, and so has everything below.
+    floor: V,
+    octave: V::Octave,
+}
+
+impl<V: Vector> Anchored<V>
+where
+    V::Elem: Real,
+{
+    /// Two numbers whose product is the exponential, the second a power or 0. `|k| <= 1.5·LIMIT`, and k is at most `EXPONENT_BIAS − 2` below
+    /// `round(x·scale·log2 e)`; x may be NaN (the first is NaN then) or −inf.
+    ///
+    /// x at or below `floor`, which is where the result leaves the normal numbers (to within half a step), give exactly 0.
+    #[inline(always)]
+    pub fn parts(self, x: V) -> (V, V) {
+        // In this order NaN passes.
+        let x = self.floor.max(x);
+        let t = x.mul_add(self.hi, self.magic);
+        let n = t - self.magic;
+        let r = x.mul_add(self.lo, x.mul_sub(self.hi, n));
+        (pow2(self.isa, r, V::STEPS), t.power(self.octave))
+    }
+
+    /// The exponential.
+    #[inline(always)]
+    pub fn exp2(self, x: V) -> V {
+        let (p, s) = self.parts(x);
+        p * s
     }
 }
 

@@ -7,7 +7,7 @@
 use crate::array::{Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
-use super::math::{Exp, Real};
+use super::math::{Anchored, Exp, Real};
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
 /// Classes per block. 256 to 1024 do equally well: large enough to hide the work between blocks, small enough for two to stay in L1.
@@ -15,19 +15,32 @@ pub const BLOCK: usize = 512;
 
 /// Supplies a row block by block; blocks are asked for in ascending order.
 pub trait Source<E: Element> {
-    /// Block `index`, in place or gathered into scratch that holds until two blocks later.
-    fn block(&mut self, index: usize) -> Span<'_, E>;
+    /// Block `index`, in place or gathered into scratch, and the block that will be asked for next, of this row or another: empty when it
+    /// cannot be read yet.
+    fn block(&mut self, index: usize) -> (Span<'_, E>, Span<'_, E>);
 }
 
-/// A row that can be read where it stands.
+/// A row that can be read where it stands, and the row after it (or nothing).
 #[derive(Clone, Copy)]
-pub struct Direct<'a, E>(pub Span<'a, E>);
+pub struct Direct<'a, E> {
+    /// The row.
+    pub row: Span<'a, E>,
+    /// The next one to be reduced.
+    pub after: Span<'a, E>,
+}
+
+/// Block `index` of a row; empty past its end.
+#[inline(always)]
+fn block_of<E: Element>(row: Span<'_, E>, index: usize) -> Span<'_, E> {
+    let start = row.len().min(index * BLOCK);
+    row.part(start, BLOCK.min(row.len() - start))
+}
 
 impl<E: Element> Source<E> for Direct<'_, E> {
     #[inline(always)]
-    fn block(&mut self, index: usize) -> Span<'_, E> {
-        let start = index * BLOCK;
-        self.0.part(start, BLOCK.min(self.0.len() - start))
+    fn block(&mut self, index: usize) -> (Span<'_, E>, Span<'_, E>) {
+        let next = if (index + 1) * BLOCK < self.row.len() { block_of(self.row, index + 1) } else { block_of(self.after, 0) };
+        (block_of(self.row, index), next)
     }
 }
 
@@ -43,11 +56,11 @@ pub struct Gathered<'a, T> {
 
 impl<T: Float> Source<T> for Gathered<'_, T> {
     #[inline(always)]
-    fn block(&mut self, index: usize) -> Span<'_, T> {
+    fn block(&mut self, index: usize) -> (Span<'_, T>, Span<'_, T>) {
         let len = BLOCK.min(self.classes - index * BLOCK);
         let scratch = &mut self.scratch[..len];
         (self.fill)(index, scratch);
-        Span::of(scratch)
+        (Span::of(scratch), Span::of(&[]))
     }
 }
 
@@ -66,8 +79,8 @@ impl<T: Float> Stream<'_, T> {
     fn block(&mut self, index: usize) -> Span<'_, T> {
         match self {
             Self::None => Span::of(&[]),
-            Self::Slice(span) => span.part(index * BLOCK, BLOCK.min(span.len() - index * BLOCK)),
-            Self::Gathered(gathered) => gathered.block(index),
+            Self::Slice(span) => block_of(*span, index),
+            Self::Gathered(gathered) => gathered.block(index).0,
         }
     }
     /// Whether there is one.
@@ -96,12 +109,11 @@ impl<S: Isa, T: Real> Setup<S, T> {
     }
 }
 
-/// The parts of a reference as vectors: everything below `floor` is zero.
+/// A reference and a maximum as vectors.
 #[derive(Clone, Copy)]
-struct Lanes<V> {
-    k: V,
+struct Lanes<V: Vector> {
+    at: Anchored<V>,
     b: V,
-    floor: V,
     top: V,
     origin: V,
 }
@@ -109,15 +121,12 @@ struct Lanes<V> {
 impl<S: Isa, T: Real> Setup<S, T> {
     #[inline(always)]
     fn lanes(&self, reference: Reference, max: T) -> Lanes<Vf<S, T>> {
-        let m = max.to_f64();
-        let finite = if m.is_finite() { m } else { 0.0 };
-        let floor = if m == f64::INFINITY { 0.0 } else { finite - reference.b } - T::CLAMP.to_f64() / self.scale;
+        let finite = if max.to_f64().is_finite() { max } else { T::ZERO };
         Lanes {
-            k: splat::<S, T>(self.isa, reference.k),
+            at: self.exp.anchor(splat::<S, T>(self.isa, reference.k)),
             b: splat::<S, T>(self.isa, reference.b),
-            floor: splat::<S, T>(self.isa, floor),
-            top: splat::<S, T>(self.isa, m),
-            origin: splat::<S, T>(self.isa, finite),
+            top: Vf::<S, T>::splat(self.isa, max),
+            origin: Vf::<S, T>::splat(self.isa, finite),
         }
     }
 }
@@ -145,11 +154,11 @@ fn block_max<S: Isa, E: Element>(isa: S, x: Span<E>) -> Vf<S, E::Acc> {
     max[0].max(max[1]).max(max[2].max(max[3]))
 }
 
-/// Counts the classes equal to `top`, says where the first one is and sums their targets.
+/// Says where the first class equal to `top` is and sums the targets of all that are.
 #[inline(always)]
-fn find_top<S: Isa, E: Element>(isa: S, x: Span<E>, t: Span<E::Acc>, top: Vf<S, E::Acc>) -> (usize, usize, Pair) {
+fn find_top<S: Isa, E: Element>(isa: S, x: Span<E>, t: Span<E::Acc>, top: Vf<S, E::Acc>) -> (usize, Pair) {
     let step = Vf::<S, E::Acc>::LANES;
-    let (mut ties, mut first, mut t_top) = (0, usize::MAX, Pair::default());
+    let (mut first, mut t_top) = (usize::MAX, Pair::default());
     let mut i = 0;
     while i < x.len() {
         let n = step.min(x.len() - i);
@@ -157,136 +166,131 @@ fn find_top<S: Isa, E: Element>(isa: S, x: Span<E>, t: Span<E::Acc>, top: Vf<S, 
         let mask = v.eq(top);
         if mask.any() {
             let bits = mask.bits() & (u64::MAX >> (64 - n));
-            ties += bits.count_ones() as usize;
             if bits != 0 {
                 first = first.min(i + bits.trailing_zeros() as usize);
             }
-            if !t.is_empty() {
-                for lane in (0..n).filter(|lane| bits >> lane & 1 == 1) {
-                    t_top.add(t.get(i + lane).to_f64());
-                }
+            for lane in (0..n).filter(|lane| bits >> lane & 1 == 1) {
+                t_top.add(t.get(i + lane).to_f64());
             }
         }
         i += n;
     }
-    (ties, first, t_top)
+    (first, t_top)
 }
 
 struct Sums<V> {
     rest: V,
     lin: V,
     t_rest: V,
+    ties: usize,
     next: V,
 }
 
-/// One block: the sum of its exponentials, and the maximum of the block after it in the same loop.
+/// What a block adds to the sums, in the lanes of one accumulator.
+#[derive(Clone, Copy)]
+struct Part<V> {
+    rest: V,
+    lin: V,
+    t_rest: V,
+}
+
+/// Adds one vector of classes and returns how many of its lanes are not the maximum. TOP: the maximum may be among them, and stays out of the rest.
 #[inline(always)]
-fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool>(
-    setup: &Setup<S, T>,
+fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
+    isa: S,
+    at: &Lanes<Vf<S, T>>,
+    v: Vf<S, T>,
+    e: Vf<S, T>,
+    w: Vf<S, T>,
+    to: &mut Part<Vf<S, T>>,
+) -> u64 {
+    // Unordered: a NaN is not the maximum and so reaches the sum.
+    let below = v.ne(at.top);
+    to.rest = if TOP { to.rest.add_where(below, e) } else { to.rest + e };
+    if LIN {
+        let zero = Vf::<S, T>::splat(isa, T::ZERO);
+        to.lin = to.lin.add_where(w.ne(zero), w * (at.origin - v));
+        to.t_rest = to.t_rest.add_where(below, w);
+    }
+    if TOP { below.bits() } else { 0 }
+}
+
+/// One block: the sums of its exponentials, and the maximum of the block after it in the same loop.
+///
+/// TOP: the running maximum is among its classes (or LIN, a dense stream, which needs to know of each whether it is). FAR: the maximum is off the
+/// grid of the integer reduction; then x − b first, which is exact or dwarfed by x's own spacing.
+#[inline(always)]
+fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, const FAR: bool>(
+    isa: S,
     at: &Lanes<Vf<S, T>>,
     x: Span<E>,
     next: Span<E>,
     t: Span<T>,
     dst: SpanMut<T>,
 ) -> Sums<Vf<S, T>> {
-    let isa = setup.isa;
     let step = Vf::<S, T>::LANES;
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
-    let mut rest = [zero; 4];
-    let (mut lin, mut t_rest) = ([zero; 4], [zero; 4]);
+    let mut parts = [Part { rest: zero, lin: zero, t_rest: zero }; 4];
+    let mut ties = 0;
     let len = x.len();
-    let next = next.part(0, len);
+    // Past the end of the next block its last vectors are looked at again; what is left of it comes after the loop. Without one the block looks
+    // at itself, and the answer is not used.
+    let fused = next.len() >= 4 * step;
+    let beside = if fused { next } else { x };
+    let last = beside.len().saturating_sub(4 * step);
     let mut i = 0;
     while i + 4 * step <= len {
-        let (x, next) = (x.part(i, 4 * step), next.part(i, 4 * step));
+        let (x, beside) = (x.part(i, 4 * step), beside.part(i.min(last), 4 * step));
         for u in 0..4 {
-            max[u] = next.load(isa, u * step).max(max[u]);
+            max[u] = beside.load(isa, u * step).max(max[u]);
             let v = x.load(isa, u * step);
-            let e = setup.exp.exp2(at.floor.max(v), at.k);
+            let e = at.at.exp2(if FAR { v - at.b } else { v });
             if STORE {
                 dst.store(isa, i + u * step, e);
             }
-            // Unordered: a NaN is not the maximum and so reaches the sum.
-            let below = v.ne(at.top);
-            rest[u] = rest[u].add_where(below, e);
-            if LIN {
-                let w = t.load(isa, i + u * step);
-                lin[u] = lin[u].add_where(w.ne(zero), w * (at.origin - v));
-                t_rest[u] = t_rest[u].add_where(below, w);
+            let w = if LIN { t.load(isa, i + u * step) } else { zero };
+            let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u]);
+            if TOP {
+                ties += step - below.count_ones() as usize;
             }
         }
         i += 4 * step;
     }
+    let seen = if fused { i.min(next.len()) } else { 0 };
     let mut u = 0;
     while i < len {
         let n = step.min(len - i);
-        let v;
-        if n == step {
-            max[u] = next.load(isa, i).max(max[u]);
-            v = x.load(isa, i);
-        } else {
-            let fill = E::from_acc(T::NEG_INF);
-            max[u] = next.load_partial(isa, i, n, fill).max(max[u]);
-            v = x.load_partial(isa, i, n, fill);
-        }
-        let e = setup.exp.exp2(at.floor.max(v), at.k);
+        let v = x.load_partial(isa, i, n, E::from_acc(T::NEG_INF));
+        let e = at.at.exp2(if FAR { v - at.b } else { v });
         if STORE {
             dst.store_partial(isa, i, n, e);
         }
-        let below = v.ne(at.top);
-        rest[u] = rest[u].add_where(below, e);
-        if LIN {
-            let w = t.load_partial(isa, i, n, T::ZERO);
-            lin[u] = lin[u].add_where(w.ne(zero), w * (at.origin - v));
-            t_rest[u] = t_rest[u].add_where(below, w);
+        let w = if LIN { t.load_partial(isa, i, n, T::ZERO) } else { zero };
+        let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u]);
+        if TOP {
+            ties += n - (below & (u64::MAX >> (64 - n))).count_ones() as usize;
         }
         u = (u + 1) & 3;
         i += n;
     }
+    let left = block_max(isa, next.part(seen, next.len() - seen));
+    let max = if fused { max[0].max(max[1]).max(max[2].max(max[3])) } else { left };
+    let [a, b, c, d] = parts;
     Sums {
-        rest: (rest[0] + rest[1]) + (rest[2] + rest[3]),
-        lin: (lin[0] + lin[1]) + (lin[2] + lin[3]),
-        t_rest: (t_rest[0] + t_rest[1]) + (t_rest[2] + t_rest[3]),
-        next: max[0].max(max[1]).max(max[2].max(max[3])),
+        rest: (a.rest + b.rest) + (c.rest + d.rest),
+        lin: (a.lin + b.lin) + (c.lin + d.lin),
+        t_rest: (a.t_rest + b.t_rest) + (c.t_rest + d.t_rest),
+        ties,
+        next: left.max(max),
     }
 }
 
-/// The same for a block whose maximum is off the grid of the integer reduction: x − b first, which is exact or dwarfed by x's own spacing.
-#[inline(always)]
-fn far_pass<S: Isa, E: Element<Acc = T>, T: Real>(
-    setup: &Setup<S, T>,
-    at: &Lanes<Vf<S, T>>,
-    x: Span<E>,
-    t: Span<T>,
-    dst: Option<SpanMut<T>>,
-) -> Sums<Vf<S, T>> {
-    let isa = setup.isa;
-    let step = Vf::<S, T>::LANES;
-    let zero = Vf::<S, T>::splat(isa, T::ZERO);
-    let mut sums = Sums { rest: zero, lin: zero, t_rest: zero, next: zero };
-    let mut i = 0;
-    while i < x.len() {
-        let n = step.min(x.len() - i);
-        let v = x.load_partial(isa, i, n, E::from_acc(T::NEG_INF));
-        let e = setup.exp.exp2(at.floor.max(v - at.b), at.k);
-        if let Some(dst) = dst {
-            dst.store_partial(isa, i, n, e);
-        }
-        let below = v.ne(at.top);
-        sums.rest = sums.rest.add_where(below, e);
-        if !t.is_empty() {
-            let w = t.load_partial(isa, i, n, T::ZERO);
-            sums.lin = sums.lin.add_where(w.ne(zero), w * (at.origin - v));
-            sums.t_rest = sums.t_rest.add_where(below, w);
-        }
-        i += n;
-    }
-    sums
-}
+/// The maximum of a block that was taken in the loop over the block before it; none at the start.
+pub type Known<S, T> = Option<Vf<S, T>>;
 
-/// Reads `classes` classes of a row. With `dst`, e = exp(x − b)·2^−k is stored there, `references[i]` being that of block i; `dst` may be
-/// the row itself.
+/// Reads `classes` classes of a row. With STORE, e = exp(x − b)·2^−k is written to `dst`, `references[i]` being that of block i; `dst` may be the
+/// row itself. `known` is the maximum of the first block, and then that of the block `x` has ahead at its end.
 #[inline(always)]
 pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: bool, const STORE: bool>(
     setup: &Setup<S, T>,
@@ -295,7 +299,7 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
     t: &mut Stream<T>,
     dst: SpanMut<T>,
     references: &mut [Reference],
-    ahead: Option<Span<E>>,
+    known: &mut Known<S, T>,
 ) -> State {
     let isa = setup.isa;
     let mut max = T::NEG_INF;
@@ -304,17 +308,16 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
     let (mut ties, mut arg, mut t_top) = (0.0, 0, Pair::default());
     let (mut rest, mut lin, mut t_rest) = (Wide::zero(isa), Wide::zero(isa), Wide::zero(isa));
     let (mut rest_extra, mut lin_extra, mut t_extra) = (Pair::default(), Pair::default(), Pair::default());
-    let blocks = classes.div_ceil(BLOCK);
-    let mut known: Option<Vf<S, T>> = None;
-    for index in 0..blocks {
+    for index in 0..classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
-        let block = x.block(index);
+        let (block, next) = x.block(index);
         let dense = t.block(index);
-        let block_top = match known {
+        let block_top = match known.take() {
             Some(v) => v,
             None => block_max(isa, block),
         };
-        if at.top.le(block_top).any() {
+        let tops = at.top.le(block_top).any();
+        if tops {
             let candidate = block_top.reduce_max();
             if candidate > max {
                 let moved = Reference::of(candidate, &setup.exp1, setup.scale);
@@ -344,35 +347,35 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
                 at = setup.lanes(reference, max);
                 arg = usize::MAX;
             }
-            let (count, first, weight) = find_top(isa, block, dense, at.top);
-            ties += count as f64;
-            t_top.merge(weight);
-            if count > 0 {
-                arg = arg.min(start + first);
-            }
         }
         if STORE && let Some(known) = references.get_mut(index) {
             *known = reference;
         }
-        let near = reference.b == 0.0 && max < T::MAX;
-        // The last blocks have no full successor: they look at themselves, and the answer is not used.
-        let full = ahead.filter(|_| near && start + 2 * BLOCK <= classes);
-        let next = full.map_or(block, |row| row.part(start + BLOCK, BLOCK));
-        let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
+        let far = reference.b != 0.0 || max >= T::MAX;
+        if LIN && tops {
+            let (first, weight) = find_top(isa, block, dense, at.top);
+            arg = arg.min(start.saturating_add(first));
+            t_top.merge(weight);
+        }
         // Few enough additions in a row for float32: a whole block on wide vectors, less of it on narrow ones.
         let stretch = BLOCK.min(if Vf::<S, T>::LANES < 4 { 8 } else { 32 * Vf::<S, T>::LANES });
         let mut from = 0;
+        let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         while from < block.len() {
             let n = stretch.min(block.len() - from);
             let x = block.part(from, n);
             let t = if LIN { dense.part(from, n) } else { dense };
             let to = if STORE { dst.part(start + from, n) } else { dst };
-            let sums = if near {
-                pass::<S, E, T, LIN, STORE>(setup, &at, x, next.part(from, n), t, to)
-            } else {
-                far_pass(setup, &at, x, t, STORE.then_some(to))
+            let at_next = next.len().min(from);
+            // The last stretch takes all that is left of the next block.
+            let next = next.part(at_next, if from + n < block.len() { n.min(next.len() - at_next) } else { next.len() - at_next });
+            let sums = match (far, tops || LIN) {
+                (false, false) => pass::<S, E, T, LIN, STORE, false, false>(isa, &at, x, next, t, to),
+                (false, true) => pass::<S, E, T, LIN, STORE, true, false>(isa, &at, x, next, t, to),
+                (true, _) => pass::<S, E, T, LIN, STORE, true, true>(isa, &at, x, next, t, to),
             };
             next_top = sums.next.max(next_top);
+            ties += sums.ties as f64;
             T::add(isa, &mut rest, sums.rest);
             if LIN {
                 T::add(isa, &mut lin, sums.lin);
@@ -380,7 +383,7 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
             }
             from += n;
         }
-        known = full.is_some().then_some(next_top);
+        *known = (!next.is_empty()).then_some(next_top);
     }
     rest_extra.merge(T::total(rest));
     if LIN {
@@ -435,14 +438,14 @@ pub fn emit_exp<S: Isa, E: Element<Acc = T>, O: Element<Acc = T>, T: Real>(
     let mut i = 0;
     if t.is_empty() && reference.b == 0.0 {
         while i + step <= len {
-            dst.store(isa, i, setup.exp.exp2(at.floor.max(x.load(isa, i)), at.k) * av);
+            dst.store(isa, i, at.at.exp2(x.load(isa, i)) * av);
             i += step;
         }
     }
     while i < len {
         let n = step.min(len - i);
         let v = x.load_partial(isa, i, n, E::from_acc(T::NEG_INF)) - at.b;
-        let mut out = setup.exp.exp2(at.floor.max(v), at.k) * av;
+        let mut out = at.at.exp2(v) * av;
         if !t.is_empty() {
             out = out - t.load_partial(isa, i, n, T::ZERO) * gv;
         }

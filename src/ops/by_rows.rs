@@ -2,7 +2,7 @@
 
 use crate::array::{Element, Span, SpanMut};
 use crate::kernels::finish::{Tile, finish};
-use crate::kernels::rows::{self, Direct, Gathered, Setup, Source, Stream};
+use crate::kernels::rows::{self, Direct, Gathered, Known, Setup, Source, Stream};
 use crate::kernels::state::{Reference, State};
 use crate::simd::Isa;
 
@@ -28,8 +28,8 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job,
     if store && references.len() < blocks * kept.len() {
         references.resize(blocks * kept.len(), Reference { k: 0.0, b: 0.0 });
     }
+    let mut known: Known<S, T> = None;
     for (slot, &row) in kept.iter().enumerate() {
-        let base = job.rows.offset(X, row);
         let refs = if store { &mut references[slot * blocks..(slot + 1) * blocks] } else { &mut [][..] };
         let dst = match job.out {
             Some(out) if store => out.span::<T>(job.rows.offset(OUT, row), classes),
@@ -37,12 +37,13 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job,
         };
         let Buffers { x, dense, shared, .. } = buffers;
         let state = if job.read == Path::Rows {
-            let span = job.x.span::<E>(base, classes);
-            reduce_row::<S, E, T, _>(&setup, job, row, &mut Direct(span), dense, shared, dst, refs, Some(span), store)
+            let span = |row| job.x.span::<E>(job.rows.offset(X, row), classes);
+            let mut source = Direct { row: span(row), after: kept.get(slot + 1).map_or_else(|| Span::of(&[]), |&row| span(row)) };
+            reduce_row::<S, E, T, _>(&setup, job, row, &mut source, dense, shared, dst, refs, &mut known, store)
         } else {
             let mut fill = |index: usize, dst: &mut [T]| gather_logits(job, row, index * rows::BLOCK, dst, dst.len(), 1);
             let mut source = Gathered { fill: &mut fill, scratch: &mut x[..], classes };
-            reduce_row::<S, T, T, _>(&setup, job, row, &mut source, dense, shared, SpanMut::of(&mut []), refs, None, false)
+            reduce_row::<S, T, T, _>(&setup, job, row, &mut source, dense, shared, SpanMut::of(&mut []), refs, &mut known, false)
         };
         put(tile, slot, &state);
     }
@@ -110,7 +111,7 @@ pub(super) fn reduce_row<S: Isa, E: Element<Acc = T>, T: Work, Src: Source<E>>(
     shared: &[T],
     dst: SpanMut<T>,
     references: &mut [Reference],
-    ahead: Option<Span<E>>,
+    known: &mut Known<S, T>,
     store: bool,
 ) -> State {
     let classes = job.classes.size;
@@ -124,10 +125,10 @@ pub(super) fn reduce_row<S: Isa, E: Element<Acc = T>, T: Work, Src: Source<E>>(
     };
     let t = &mut stream;
     match (job.terms.dense, store && E::DTYPE == T::DTYPE) {
-        (false, false) => rows::reduce::<S, E, T, _, false, false>(setup, classes, x, t, dst, references, ahead),
-        (false, true) => rows::reduce::<S, E, T, _, false, true>(setup, classes, x, t, dst, references, ahead),
-        (true, false) => rows::reduce::<S, E, T, _, true, false>(setup, classes, x, t, dst, references, ahead),
-        (true, true) => rows::reduce::<S, E, T, _, true, true>(setup, classes, x, t, dst, references, ahead),
+        (false, false) => rows::reduce::<S, E, T, _, false, false>(setup, classes, x, t, dst, references, known),
+        (false, true) => rows::reduce::<S, E, T, _, false, true>(setup, classes, x, t, dst, references, known),
+        (true, false) => rows::reduce::<S, E, T, _, true, false>(setup, classes, x, t, dst, references, known),
+        (true, true) => rows::reduce::<S, E, T, _, true, true>(setup, classes, x, t, dst, references, known),
     }
 }
 

@@ -215,6 +215,27 @@ impl Vector for F32x8 {
             Self(_mm256_mul_ps(self.0, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))))
         }
     }
+    const STEPS: u32 = 3;
+    type Octave = __m256i;
+    #[inline(always)]
+    fn octave(_isa: Avx2, powers: &[f32; 16]) -> __m256i {
+        // Every other one, for eight fit a register: mantissas, less what the shift below leaves of the index.
+        let mut table = [0_u32; 8];
+        for (j, entry) in table.iter_mut().enumerate() {
+            *entry = (powers[2 * j].to_bits() & 0x007f_ffff).wrapping_sub((j as u32) << 20);
+        }
+        // SAFETY: the token proves AVX2; the array has eight entries.
+        unsafe { _mm256_loadu_si256(table.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn power(self, octave: __m256i) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX2.
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            let mantissa = _mm256_permutevar8x32_epi32(octave, bits);
+            Self(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<20>(bits), mantissa)))
+        }
+    }
     #[inline(always)]
     fn frexp(self) -> (Self, Self) {
         // SAFETY: a vector implies the token, which proves AVX2.
@@ -322,6 +343,15 @@ impl Vector for F64x4 {
             let biased = _mm256_castpd_si256(_mm256_add_pd(d, _mm256_set1_pd(4_503_599_627_370_496.0 + 1023.0)));
             Self(_mm256_mul_pd(self.0, _mm256_castsi256_pd(_mm256_slli_epi64::<52>(biased))))
         }
+    }
+    const STEPS: u32 = 0;
+    type Octave = ();
+    #[inline(always)]
+    fn octave(_isa: Avx2, _powers: &[Self::Elem; 16]) {}
+    #[inline(always)]
+    fn power(self, (): ()) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX2.
+        Self(unsafe { _mm256_castsi256_pd(_mm256_slli_epi64::<52>(_mm256_castpd_si256(self.0))) })
     }
     #[inline(always)]
     fn frexp(self) -> (Self, Self) {

@@ -208,6 +208,27 @@ impl Vector for F32x16 {
             Self(_mm512_maskz_scalef_ps(normal, self.0, d.0))
         }
     }
+    const STEPS: u32 = 4;
+    type Octave = __m512i;
+    #[inline(always)]
+    fn octave(_isa: Avx512, powers: &[f32; 16]) -> __m512i {
+        // Mantissas, less what the shift below leaves of the index.
+        let mut table = [0_u32; 16];
+        for (j, (entry, power)) in table.iter_mut().zip(powers).enumerate() {
+            *entry = (power.to_bits() & 0x007f_ffff).wrapping_sub((j as u32) << 19);
+        }
+        // SAFETY: the token proves AVX-512 F; the array has sixteen entries.
+        unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn power(self, octave: __m512i) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let mantissa = _mm512_permutexvar_epi32(bits, octave);
+            Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<19>(bits), mantissa)))
+        }
+    }
     #[inline(always)]
     fn frexp(self) -> (Self, Self) {
         // SAFETY: a vector implies the token, which proves AVX-512 F.
@@ -301,6 +322,26 @@ impl Vector for F64x8 {
             // As for f32.
             let normal = _mm512_cmp_pd_mask::<_CMP_NLT_UQ>(d.0, _mm512_set1_pd(-1022.0));
             Self(_mm512_maskz_scalef_pd(normal, self.0, d.0))
+        }
+    }
+    const STEPS: u32 = 4;
+    type Octave = [__m512i; 2];
+    #[inline(always)]
+    fn octave(_isa: Avx512, powers: &[f64; 16]) -> [__m512i; 2] {
+        let mut table = [0_u64; 16];
+        for (j, (entry, power)) in table.iter_mut().zip(powers).enumerate() {
+            *entry = (power.to_bits() & 0x000f_ffff_ffff_ffff).wrapping_sub((j as u64) << 48);
+        }
+        // SAFETY: the token proves AVX-512 F; the array has sixteen entries.
+        unsafe { [_mm512_loadu_si512(table.as_ptr().cast()), _mm512_loadu_si512(table.as_ptr().add(8).cast())] }
+    }
+    #[inline(always)]
+    fn power(self, octave: [__m512i; 2]) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            let bits = _mm512_castpd_si512(self.0);
+            let mantissa = _mm512_permutex2var_epi64(octave[0], bits, octave[1]);
+            Self(_mm512_castsi512_pd(_mm512_add_epi64(_mm512_slli_epi64::<48>(bits), mantissa)))
         }
     }
     #[inline(always)]

@@ -256,6 +256,17 @@ pub trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = 
     /// and does give zero for `d <= -152` (f32) or `d <= -1077` (f64). NaN stays NaN, but where the factor is flushed it may give zero.
     #[must_use]
     fn scale2(self, d: Self) -> Self;
+    /// log2 of the steps per octave that [`Vector::power`] looks up; with 0 it only shifts.
+    const STEPS: u32;
+    /// What [`Vector::power`] looks up.
+    type Octave: Copy + core::fmt::Debug;
+    /// From the powers 2^(j/16), j < 16.
+    fn octave(isa: Self::Isa, powers: &[Self::Elem; 16]) -> Self::Octave;
+    /// `2^(i/2^STEPS − bias)`, bias = 127 (f32) or 1023 (f64), with i the integer in the low bits of the representation of `self`: exact but for
+    /// the rounding of the powers looked up, for `2^STEPS <= i < 2·bias·2^STEPS`. Zero for i = 0, something below the smallest normal
+    /// number for other small i.
+    #[must_use]
+    fn power(self, octave: Self::Octave) -> Self;
     /// Splits a positive normal number into `f` in [sqrt(1/2), sqrt(2)) and the integral exponent. The exponent of +inf is +inf, with `f`
     /// one; that of NaN is NaN, with any `f`. Of other arguments both are meaningless.
     fn frexp(self) -> (Self, Self);

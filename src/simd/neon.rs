@@ -254,6 +254,15 @@ impl Vector for F32x4 {
             self * Self(vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(d.0))))
         }
     }
+    const STEPS: u32 = 0;
+    type Octave = ();
+    #[inline(always)]
+    fn octave(_isa: Neon, _powers: &[Self::Elem; 16]) {}
+    #[inline(always)]
+    fn power(self, (): ()) -> Self {
+        // SAFETY: a vector implies the token, which proves NEON.
+        Self(unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(self.0))) })
+    }
     #[inline(always)]
     fn frexp(self) -> (Self, Self) {
         // SAFETY: a vector implies the token, which proves NEON.
@@ -297,6 +306,15 @@ impl Vector for F64x2 {
             let d = d.max(Self(vdupq_n_f64(-1023.0))) + Self(vdupq_n_f64(4_503_599_627_370_496.0 + 1023.0));
             self * Self(vreinterpretq_f64_u64(vshlq_n_u64::<52>(vreinterpretq_u64_f64(d.0))))
         }
+    }
+    const STEPS: u32 = 0;
+    type Octave = ();
+    #[inline(always)]
+    fn octave(_isa: Neon, _powers: &[Self::Elem; 16]) {}
+    #[inline(always)]
+    fn power(self, (): ()) -> Self {
+        // SAFETY: a vector implies the token, which proves NEON.
+        Self(unsafe { vreinterpretq_f64_u64(vshlq_n_u64::<52>(vreinterpretq_u64_f64(self.0))) })
     }
     #[inline(always)]
     fn frexp(self) -> (Self, Self) {

@@ -233,6 +233,14 @@ macro_rules! vector {
                 let d = d.max(Self(-BIAS)).0;
                 Self(self.0 * <$elem>::from_bits((d + MAGIC).to_bits() << MANTISSA))
             }
+            const STEPS: u32 = 0;
+            type Octave = ();
+            #[inline(always)]
+            fn octave(_isa: Scalar, _powers: &[$elem; 16]) {}
+            #[inline(always)]
+            fn power(self, (): ()) -> Self {
+                Self(<$elem>::from_bits(self.0.to_bits() << (<$elem>::MANTISSA_DIGITS - 1)))
+            }
             #[inline(always)]
             fn frexp(self) -> (Self, Self) {
                 const MANTISSA: u32 = <$elem>::MANTISSA_DIGITS - 1;
