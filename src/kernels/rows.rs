@@ -10,8 +10,8 @@ use crate::simd::{Isa, Mask, Scalar, Vector};
 use super::math::{Anchored, Exp, Real};
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
-/// Classes per block. 256 to 1024 do equally well: large enough to hide the work between blocks, small enough for two to stay in L1.
-pub const BLOCK: usize = 512;
+/// Classes per block: large enough to hide the work between blocks, small enough for two to stay in L1.
+pub const BLOCK: usize = 1024;
 
 /// Supplies a row block by block; blocks are asked for in ascending order.
 pub trait Source<E: Element> {
@@ -194,25 +194,30 @@ struct Part<V> {
     t_rest: V,
 }
 
-/// Adds one vector of classes and returns how many of its lanes are not the maximum. TOP: the maximum may be among them, and stays out of the rest.
+/// Adds one vector of classes, whose exponentials are p·q, and returns which lanes are not the maximum. TOP: the maximum may be among them, and stays
+/// out of the rest.
 #[inline(always)]
 fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
     isa: S,
     at: &Lanes<Vf<S, T>>,
     v: Vf<S, T>,
-    e: Vf<S, T>,
+    (p, q): (Vf<S, T>, Vf<S, T>),
     w: Vf<S, T>,
     to: &mut Part<Vf<S, T>>,
 ) -> u64 {
+    if !TOP {
+        to.rest = p.mul_add(q, to.rest);
+        return 0;
+    }
     // Unordered: a NaN is not the maximum and so reaches the sum.
     let below = v.ne(at.top);
-    to.rest = if TOP { to.rest.add_where(below, e) } else { to.rest + e };
+    to.rest = to.rest.fma_where(below, p, q);
     if LIN {
         let zero = Vf::<S, T>::splat(isa, T::ZERO);
         to.lin = to.lin.add_where(w.ne(zero), w * (at.origin - v));
         to.t_rest = to.t_rest.add_where(below, w);
     }
-    if TOP { below.bits() } else { 0 }
+    below.bits()
 }
 
 /// One block: the sums of its exponentials, and the maximum of the block after it in the same loop.
@@ -245,9 +250,9 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool
         for u in 0..4 {
             max[u] = beside.load(isa, u * step).max(max[u]);
             let v = x.load(isa, u * step);
-            let e = at.at.exp2(if FAR { v - at.b } else { v });
+            let e = at.at.parts(if FAR { v - at.b } else { v });
             if STORE {
-                dst.store(isa, i + u * step, e);
+                dst.store(isa, i + u * step, e.0 * e.1);
             }
             let w = if LIN { t.load(isa, i + u * step) } else { zero };
             let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u]);
@@ -258,20 +263,18 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool
         i += 4 * step;
     }
     let seen = if fused { i.min(next.len()) } else { 0 };
-    let mut u = 0;
     while i < len {
         let n = step.min(len - i);
         let v = x.load_partial(isa, i, n, E::from_acc(T::NEG_INF));
-        let e = at.at.exp2(if FAR { v - at.b } else { v });
+        let e = at.at.parts(if FAR { v - at.b } else { v });
         if STORE {
-            dst.store_partial(isa, i, n, e);
+            dst.store_partial(isa, i, n, e.0 * e.1);
         }
         let w = if LIN { t.load_partial(isa, i, n, T::ZERO) } else { zero };
-        let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u]);
+        let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[0]);
         if TOP {
             ties += n - (below & (u64::MAX >> (64 - n))).count_ones() as usize;
         }
-        u = (u + 1) & 3;
         i += n;
     }
     let left = block_max(isa, next.part(seen, next.len() - seen));
@@ -289,6 +292,15 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool
 /// The maximum of a block that was taken in the loop over the block before it; none at the start.
 pub type Known<S, T> = Option<Vf<S, T>>;
 
+/// Classes whose logits are to be told: when their block is read, because before that they are cold, and after that they may be gone.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// The classes.
+    pub classes: &'a [usize],
+    /// Their logits, from `logits[0]` on.
+    pub logits: [f64; 2],
+}
+
 /// Reads `classes` classes of a row. With STORE, e = exp(x − b)·2^−k is written to `dst`, `references[i]` being that of block i; `dst` may be the
 /// row itself. `known` is the maximum of the first block, and then that of the block `x` has ahead at its end.
 #[inline(always)]
@@ -300,6 +312,7 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
     dst: SpanMut<T>,
     references: &mut [Reference],
     known: &mut Known<S, T>,
+    wanted: &mut Wanted,
 ) -> State {
     let isa = setup.isa;
     let mut max = T::NEG_INF;
@@ -326,7 +339,7 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
                     // The old maxima join the rest, and every distance to the maximum grows.
                     rest.scale(isa, factor);
                     rest_extra.scale(factor);
-                    rest_extra.add(ties * exp_f64((max.to_f64() - moved.b) * setup.scale, moved.k));
+                    rest_extra.add(ties * exp_f64(isa, (max.to_f64() - moved.b) * setup.scale, moved.k));
                     if LIN {
                         t_extra.merge(t_top);
                         let mut weight = T::total(t_rest);
@@ -350,6 +363,11 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
         }
         if STORE && let Some(known) = references.get_mut(index) {
             *known = reference;
+        }
+        for (&class, logit) in wanted.classes.iter().zip(&mut wanted.logits) {
+            if (start..start + block.len()).contains(&class) {
+                *logit = block.get(class - start).to_acc().to_f64();
+            }
         }
         let far = reference.b != 0.0 || max >= T::MAX;
         if LIN && tops {

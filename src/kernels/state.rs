@@ -44,7 +44,7 @@ impl Reference {
             return f64::from_bits(if shift < -1022.0 { 1 << (shift + 1074.0) as u64 } else { ((shift + 1023.0) as u64) << 52 });
         }
         // A float64 exponential of an exact difference.
-        exp_f64((self.b - to.b) * scale, to.k - self.k)
+        exp_f64(Scalar, (self.b - to.b) * scale, to.k - self.k)
     }
 }
 
@@ -59,8 +59,9 @@ fn scalar<T: Real>(v: Vf<Scalar, T>) -> f64 {
 }
 
 /// `exp(x)·2^−k` in float64, 0 where it is tiny.
-pub fn exp_f64(x: f64, k: f64) -> f64 {
-    let exp = Exp::<Vf<Scalar, f64>>::new(Scalar, 1.0);
+#[inline(always)]
+pub fn exp_f64<S: Isa>(isa: S, x: f64, k: f64) -> f64 {
+    let exp = Exp::<S::F64>::new(isa, 1.0);
     let low = -1100.0 + k.min(0.0);
     if x.is_nan() {
         return x;
@@ -68,7 +69,7 @@ pub fn exp_f64(x: f64, k: f64) -> f64 {
     if x <= low || x * core::f64::consts::LOG2_E - k < -1000.0 {
         return 0.0;
     }
-    scalar::<f64>(exp.exp2(Vf::<Scalar, f64>::splat(Scalar, x), Vf::<Scalar, f64>::splat(Scalar, k)))
+    lanes::<S, f64>(exp.exp2(S::F64::splat(isa, x), S::F64::splat(isa, k)))[0]
 }
 
 /// A sum carried beyond the precision of its terms: float64 lanes for float32, compensated float64 for float64.

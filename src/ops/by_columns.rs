@@ -13,7 +13,7 @@ use super::source::{dense_row, gather_logits, scatter, shared_stream, unbend, un
 #[inline(always)]
 pub(super) fn work_columns<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job, kept: &[usize], scratch: &mut Scratch) {
     let (tile, buffers, _) = T::buffers(scratch);
-    prepare::<T>(job, kept, tile);
+    prepare::<T>(job, kept, tile, true);
     shared_stream(job, &mut buffers.shared);
     let classes = job.classes.size;
     let n = kept.len();

@@ -1,8 +1,8 @@
 //! Tasks whose classes are adjacent (or are gathered row by row): the kernels of [`crate::kernels::rows`].
 
 use crate::array::{Element, Span, SpanMut};
-use crate::kernels::finish::{Tile, finish};
-use crate::kernels::rows::{self, Direct, Gathered, Known, Setup, Source, Stream};
+use crate::kernels::finish::{Tile, WIDTH, finish};
+use crate::kernels::rows::{self, Direct, Gathered, Known, Setup, Source, Stream, Wanted};
 use crate::kernels::state::{Reference, State};
 use crate::simd::Isa;
 
@@ -14,7 +14,9 @@ use super::source::{dense_row, gather_logits, scatter, shared_stream, unbend, un
 #[inline(always)]
 pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job, kept: &[usize], scratch: &mut Scratch) {
     let (tile, buffers, references) = T::buffers(scratch);
-    prepare::<T>(job, kept, tile);
+    // The logits of one or two targets are read with their blocks.
+    let late = job.read == Path::Rows && job.terms.entries <= 2;
+    prepare::<T>(job, kept, tile, !late);
     let setup = Setup::<S, T>::new(isa, job.terms.scale);
     let classes = job.classes.size;
     let blocks = classes.div_ceil(rows::BLOCK);
@@ -36,16 +38,40 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job,
             _ => SpanMut::of(&mut []),
         };
         let Buffers { x, dense, shared, .. } = buffers;
+        let mut classes_of = [0; 2];
+        let mut entries = 0;
+        if late && let Some(labels) = &job.labels {
+            for (j, class, _) in labels.row(row) {
+                classes_of[j] = class;
+                entries = j + 1;
+            }
+        }
+        let mut wanted = Wanted { classes: &classes_of[..entries], logits: [0.0; 2] };
         let state = if job.read == Path::Rows {
             let span = |row| job.x.span::<E>(job.rows.offset(X, row), classes);
             let mut source = Direct { row: span(row), after: kept.get(slot + 1).map_or_else(|| Span::of(&[]), |&row| span(row)) };
-            reduce_row::<S, E, T, _>(&setup, job, row, &mut source, dense, shared, dst, refs, &mut known, store)
+            reduce_row::<S, E, T, _>(&setup, job, row, &mut source, dense, shared, dst, refs, &mut known, &mut wanted, store)
         } else {
             let mut fill = |index: usize, dst: &mut [T]| gather_logits(job, row, index * rows::BLOCK, dst, dst.len(), 1);
             let mut source = Gathered { fill: &mut fill, scratch: &mut x[..], classes };
-            reduce_row::<S, T, T, _>(&setup, job, row, &mut source, dense, shared, SpanMut::of(&mut []), refs, &mut known, false)
+            reduce_row::<S, T, T, _>(
+                &setup,
+                job,
+                row,
+                &mut source,
+                dense,
+                shared,
+                SpanMut::of(&mut []),
+                refs,
+                &mut known,
+                &mut wanted,
+                false,
+            )
         };
         put(tile, slot, &state);
+        for j in 0..entries {
+            tile.x_target[j * WIDTH + slot] = wanted.logits[j];
+        }
     }
     finish(isa, &job.terms, tile, kept.len());
     if job.out.is_some() {
@@ -112,6 +138,7 @@ pub(super) fn reduce_row<S: Isa, E: Element<Acc = T>, T: Work, Src: Source<E>>(
     dst: SpanMut<T>,
     references: &mut [Reference],
     known: &mut Known<S, T>,
+    wanted: &mut Wanted,
     store: bool,
 ) -> State {
     let classes = job.classes.size;
@@ -125,10 +152,10 @@ pub(super) fn reduce_row<S: Isa, E: Element<Acc = T>, T: Work, Src: Source<E>>(
     };
     let t = &mut stream;
     match (job.terms.dense, store && E::DTYPE == T::DTYPE) {
-        (false, false) => rows::reduce::<S, E, T, _, false, false>(setup, classes, x, t, dst, references, known),
-        (false, true) => rows::reduce::<S, E, T, _, false, true>(setup, classes, x, t, dst, references, known),
-        (true, false) => rows::reduce::<S, E, T, _, true, false>(setup, classes, x, t, dst, references, known),
-        (true, true) => rows::reduce::<S, E, T, _, true, true>(setup, classes, x, t, dst, references, known),
+        (false, false) => rows::reduce::<S, E, T, _, false, false>(setup, classes, x, t, dst, references, known, wanted),
+        (false, true) => rows::reduce::<S, E, T, _, false, true>(setup, classes, x, t, dst, references, known, wanted),
+        (true, false) => rows::reduce::<S, E, T, _, true, false>(setup, classes, x, t, dst, references, known, wanted),
+        (true, true) => rows::reduce::<S, E, T, _, true, true>(setup, classes, x, t, dst, references, known, wanted),
     }
 }
 

@@ -326,8 +326,8 @@ pub(super) fn settle(job: &Job, start: usize, end: usize, kept: &[usize], tile: 
     }
 }
 
-/// Fills the per-row inputs of `finish`. Reads the target logits, which the reduction may overwrite.
-pub(super) fn prepare<E: Work>(job: &Job, kept: &[usize], tile: &mut Tile) {
+/// Fills the per-row inputs of `finish`. Reads the target logits, which the reduction may overwrite, unless the reduction tells them (`read`).
+pub(super) fn prepare<E: Work>(job: &Job, kept: &[usize], tile: &mut Tile, read: bool) {
     let entries = job.terms.entries;
     tile.reserve(entries);
     if job.kind != Kind::Loss {
@@ -351,7 +351,9 @@ pub(super) fn prepare<E: Work>(job: &Job, kept: &[usize], tile: &mut Tile) {
             let mass = share * job.keep * w;
             let at = j * WIDTH + slot;
             tile.mass[at] = mass;
-            tile.x_target[at] = if job.bend.is_some() {
+            tile.x_target[at] = if !read {
+                0.0
+            } else if job.bend.is_some() {
                 let mut x = [E::ZERO];
                 gather_logits(job, row, class, &mut x, 1, 1);
                 x[0].to_f64()

@@ -253,6 +253,11 @@ impl Vector for F32x16 {
         Self(unsafe { _mm512_mask_add_ps(self.0, mask.0, self.0, x.0) })
     }
     #[inline(always)]
+    fn fma_where(self, mask: Mask16, a: Self, b: Self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_mask3_fmadd_ps(a.0, b.0, self.0, mask.0) })
+    }
+    #[inline(always)]
     fn reduce_sum(self) -> f32 {
         // SAFETY: a vector implies the token, which proves AVX-512 F and DQ, and AVX2 for the halves.
         unsafe { F32x8(_mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))).reduce_sum() }
@@ -366,6 +371,11 @@ impl Vector for F64x8 {
     fn add_where(self, mask: Mask8, x: Self) -> Self {
         // SAFETY: a vector implies the token, which proves AVX-512 F.
         Self(unsafe { _mm512_mask_add_pd(self.0, mask.0, self.0, x.0) })
+    }
+    #[inline(always)]
+    fn fma_where(self, mask: Mask8, a: Self, b: Self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_mask3_fmadd_pd(a.0, b.0, self.0, mask.0) })
     }
     #[inline(always)]
     fn reduce_sum(self) -> f64 {

@@ -284,6 +284,12 @@ pub trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = 
     /// `self + x` in the lanes of `mask`, `self` elsewhere.
     #[must_use]
     fn add_where(self, mask: Self::Mask, x: Self) -> Self;
+    /// `a * b + self`, rounded once, in the lanes of `mask`, `self` elsewhere.
+    #[must_use]
+    #[inline(always)]
+    fn fma_where(self, mask: Self::Mask, a: Self, b: Self) -> Self {
+        Self::select(mask, a.mul_add(b, self), self)
+    }
 
     /// The sum of the lanes, halves first: a fixed order.
     fn reduce_sum(self) -> Self::Elem;
