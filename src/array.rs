@@ -157,6 +157,25 @@ impl<'a> Array<'a> {
         unsafe { Columns::new(self.ptr.offset(offset).cast::<E>(), stride / size_of::<E>() as isize, classes, width) }
     }
 
+    /// `offsets.len()` rows of `len` adjacent elements each; panics as [`Array::span`].
+    #[inline(always)]
+    pub(crate) fn rows<'o, E: Element>(&self, offsets: &'o [isize], len: usize) -> Rows<'o, E>
+    where
+        'a: 'o,
+    {
+        assert!(E::DTYPE == self.dtype && self.is_plain());
+        let (mut low, mut high) = (isize::MAX, isize::MIN);
+        for &offset in offsets {
+            (low, high) = (low.min(offset), high.max(offset));
+        }
+        if !offsets.is_empty() {
+            self.check(low, size_of::<E>() as isize, len);
+            self.check(high, size_of::<E>() as isize, len);
+        }
+        // The first and the last row lie in the extent, so the others do.
+        Rows { base: self.ptr, offsets, len, life: PhantomData }
+    }
+
     /// Reads `n` elements `stride` bytes apart as `T` into `dst[0], dst[step], …`; any dtype, alignment and byte order.
     pub(crate) fn read<T: FromNumber>(&self, offset: isize, stride: isize, n: usize, dst: &mut [T], step: usize) {
         self.check(offset, stride, n);
@@ -191,6 +210,59 @@ impl<'a> Array<'a> {
             DType::U64 => copy!(u64, |x| T::number_int(i128::from(x))),
             DType::Bool => copy!(u8, |x| T::number_int(i128::from(x != 0))),
         }
+    }
+
+    /// Reads class indices: those equal to `ignore` become `none`. Stops before the first that is not below `limit` and gives its position.
+    pub(crate) fn read_classes(
+        &self,
+        offset: isize,
+        stride: isize,
+        n: usize,
+        limit: usize,
+        ignore: Option<i64>,
+        none: i64,
+        dst: &mut [i64],
+        step: usize,
+    ) -> Option<usize> {
+        self.check(offset, stride, n);
+        if n == 0 {
+            return None;
+        }
+        assert!((n - 1) * step < dst.len());
+        // SAFETY: in the extent, checked above.
+        let ptr = unsafe { self.ptr.offset(offset) };
+        macro_rules! copy {
+            ($type:ty) => {{
+                // A mark that the type cannot hold marks nothing.
+                let mark = ignore.and_then(|mark| <$type>::try_from(mark).ok());
+                let (marks, mark) = (mark.is_some(), mark.unwrap_or_default());
+                let mut bad = false;
+                for i in 0..n {
+                    // SAFETY: element i of the run that was checked; unaligned reads take any address.
+                    let raw = unsafe { ptr.offset(i as isize * stride).cast::<$type>().read_unaligned() };
+                    let x = if self.swapped { raw.swap_bytes() } else { raw };
+                    let ignored = marks & (x == mark);
+                    // Negative numbers become large ones.
+                    let outside = !ignored & (x as i64 as u64 >= limit as u64);
+                    bad |= outside;
+                    dst[i * step] = if ignored { none } else { x as i64 };
+                    dst[i * step] = if outside { i64::MIN } else { dst[i * step] };
+                }
+                bad
+            }};
+        }
+        let bad = match self.dtype {
+            DType::I8 => copy!(i8),
+            DType::I16 => copy!(i16),
+            DType::I32 => copy!(i32),
+            DType::I64 => copy!(i64),
+            DType::U8 => copy!(u8),
+            DType::U16 => copy!(u16),
+            DType::U32 => copy!(u32),
+            DType::U64 => copy!(u64),
+            _ => return Some(0),
+        };
+        if bad { (0..n).find(|&i| dst[i * step] == i64::MIN) } else { None }
     }
 
     /// The element at a byte offset.
@@ -272,6 +344,15 @@ impl<'a> Out<'a> {
     #[inline(always)]
     pub(crate) fn columns<E: Element>(&self, offset: isize, stride: isize, classes: usize, width: usize) -> ColumnsMut<'a, E> {
         ColumnsMut(self.0.columns(offset, stride, classes, width))
+    }
+
+    /// As [`Array::rows`].
+    #[inline(always)]
+    pub(crate) fn rows<'o, E: Element>(&self, offsets: &'o [isize], len: usize) -> RowsMut<'o, E>
+    where
+        'a: 'o,
+    {
+        RowsMut(self.0.rows(offsets, len))
     }
 
     /// Writes `src[0], src[step], …` to `n` elements `stride` bytes apart, rounded once.
@@ -730,8 +811,34 @@ impl<'a, E: Element> Columns<'a, E> {
         }
     }
 
+    /// The same where the columns are known to fill the vector.
+    #[inline(always)]
+    pub fn load_whole<S: Isa>(self, isa: S, c: usize, j: usize) -> Vf<S, E::Acc> {
+        assert!(c < self.classes && j + <Vf<S, E::Acc> as Vector>::LANES <= self.width);
+        // SAFETY: in bounds; valid for reads.
+        unsafe { E::load(isa, self.ptr.offset(c as isize * self.stride).add(j)) }
+    }
+
+    /// Class `c` of column `j`.
+    #[inline(always)]
+    pub fn get(self, c: usize, j: usize) -> E {
+        assert!(c < self.classes && j < self.width);
+        // SAFETY: in bounds; valid for reads.
+        unsafe { self.ptr.offset(c as isize * self.stride).add(j).read() }
+    }
+
+    /// The same columns with the classes in the opposite order.
+    #[must_use]
+    #[inline(always)]
+    pub fn reversed(self) -> Self {
+        // SAFETY: the last class exists, unless there is none.
+        let ptr = unsafe { self.ptr.offset(self.classes.saturating_sub(1) as isize * self.stride) };
+        Self { ptr, stride: -self.stride, ..self }
+    }
+
     /// `n` classes from `c` on.
     #[must_use]
+    #[inline(always)]
     pub fn part(self, c: usize, n: usize) -> Self {
         assert!(c <= self.classes && n <= self.classes - c);
         if n == 0 {
@@ -764,6 +871,36 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
         self.0
     }
 
+    /// As [`Columns::reversed`].
+    #[must_use]
+    #[inline(always)]
+    pub fn reversed(self) -> Self {
+        Self(self.0.reversed())
+    }
+
+    /// As [`Columns::part`].
+    #[must_use]
+    #[inline(always)]
+    pub fn part(self, c: usize, n: usize) -> Self {
+        Self(self.0.part(c, n))
+    }
+
+    /// Sets class `c` of column `j`.
+    #[inline(always)]
+    pub fn set(self, c: usize, j: usize, x: E) {
+        assert!(c < self.0.classes && j < self.0.width);
+        // SAFETY: in bounds; valid for writes.
+        unsafe { self.0.ptr.cast_mut().offset(c as isize * self.0.stride).add(j).write(x) }
+    }
+
+    /// Stores class `c` of the columns from `j` on, rounded once, where the columns are known to fill the vector.
+    #[inline(always)]
+    pub fn store_whole<S: Isa>(self, isa: S, c: usize, j: usize, v: Vf<S, E::Acc>) {
+        assert!(c < self.0.classes && j + <Vf<S, E::Acc> as Vector>::LANES <= self.0.width);
+        // SAFETY: in bounds; valid for writes.
+        unsafe { E::store(isa, v, self.0.ptr.cast_mut().offset(c as isize * self.0.stride).add(j)) }
+    }
+
     /// Stores class `c` of the columns from `j` on, rounded once.
     #[inline(always)]
     pub fn store<S: Isa>(self, isa: S, c: usize, j: usize, v: Vf<S, E::Acc>) {
@@ -775,6 +912,114 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
             let ptr = to.ptr.cast_mut().offset(c as isize * to.stride).add(j);
             if left >= <Vf<S, E::Acc> as Vector>::LANES { E::store(isa, v, ptr) } else { E::store_partial(isa, v, ptr, left) }
         }
+    }
+}
+
+/// Rows of a few adjacent elements, anywhere in an array: what tiles are transposed from.
+#[derive(Clone, Copy)]
+pub struct Rows<'a, E> {
+    base: *mut u8,
+    offsets: &'a [isize],
+    len: usize,
+    life: PhantomData<&'a E>,
+}
+
+/// [`Rows`] to read and write.
+#[derive(Clone, Copy)]
+pub struct RowsMut<'a, E>(Rows<'a, E>);
+
+impl<'a, E: Element> Rows<'a, E> {
+    /// Row `r`.
+    #[inline(always)]
+    pub fn row(self, r: usize) -> Span<'a, E> {
+        assert!(r < self.offsets.len());
+        // SAFETY: whoever made the rows checked every offset; they are multiples of the element's size from an aligned start.
+        unsafe { Span::new(self.base.offset(self.offsets[r]).cast::<E>(), self.len) }
+    }
+
+    /// Number of rows.
+    #[inline(always)]
+    pub fn count(self) -> usize {
+        self.offsets.len()
+    }
+
+    /// Elements per row.
+    #[inline(always)]
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// Whether the rows have no elements.
+    #[inline(always)]
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// Element `c` of row `r`.
+    #[inline(always)]
+    pub fn get(self, r: usize, c: usize) -> E {
+        assert!(r < self.offsets.len() && c < self.len);
+        // SAFETY: in bounds; whoever made the rows checked every offset.
+        unsafe { self.base.offset(self.offsets[r]).cast::<E>().add(c).read_unaligned() }
+    }
+}
+
+impl<T: Float> Rows<'_, T> {
+    /// Elements `c..c + 4` of the rows from `r` on: lane i of vector j is element c + j of row r + i.
+    #[inline(always)]
+    pub fn load4<S: Isa>(self, isa: S, r: usize, c: usize) -> [Vf<S, T>; 4] {
+        assert!(r + <Vf<S, T> as Vector>::LANES <= self.offsets.len() && c + 4 <= self.len);
+        // SAFETY: in bounds; whoever made the rows checked every offset.
+        unsafe { <Vf<S, T> as Vector>::load4(isa, self.base.cast::<T>().wrapping_add(c).cast(), self.offsets.as_ptr().add(r)) }
+    }
+}
+
+impl<'a, E: Element> RowsMut<'a, E> {
+    /// Row `r`.
+    #[inline(always)]
+    pub fn row(self, r: usize) -> SpanMut<'a, E> {
+        SpanMut(self.0.row(r))
+    }
+
+    /// Number of rows.
+    #[inline(always)]
+    pub fn count(self) -> usize {
+        self.0.count()
+    }
+
+    /// Sets element `c` of row `r`.
+    #[inline(always)]
+    pub fn set(self, r: usize, c: usize, x: E) {
+        assert!(r < self.0.offsets.len() && c < self.0.len);
+        // SAFETY: in bounds; whoever made the rows checked every offset, and they are writable.
+        unsafe { self.0.base.offset(self.0.offsets[r]).cast::<E>().add(c).write_unaligned(x) }
+    }
+}
+
+impl<'a, T: Float> RowsMut<'a, T> {
+    /// Rows `offsets` bytes into a slice; panics when they are not there.
+    #[inline(always)]
+    pub fn of(slice: &'a mut [T], offsets: &'a [isize], len: usize) -> Self {
+        let room = size_of_val(slice);
+        for &offset in offsets {
+            assert!(offset >= 0 && offset as usize + len * size_of::<T>() <= room);
+        }
+        Self(Rows { base: slice.as_mut_ptr().cast(), offsets, len, life: PhantomData })
+    }
+
+    /// The same rows, to read.
+    #[inline(always)]
+    pub fn read(self) -> Rows<'a, T> {
+        self.0
+    }
+
+    /// The inverse of [`Rows::load4`].
+    #[inline(always)]
+    pub fn store4<S: Isa>(self, _isa: S, r: usize, c: usize, v: [Vf<S, T>; 4]) {
+        let rows = self.0;
+        assert!(r + <Vf<S, T> as Vector>::LANES <= rows.offsets.len() && c + 4 <= rows.len);
+        // SAFETY: in bounds; whoever made the rows checked every offset, and they are writable.
+        unsafe { <Vf<S, T> as Vector>::store4(v, rows.base.cast::<T>().wrapping_add(c).cast(), rows.offsets.as_ptr().add(r)) }
     }
 }
 

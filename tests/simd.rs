@@ -801,3 +801,47 @@ every_level! {
         store_halves::<S>(isa, "store_bf16", &inputs, store, decode_bf16, |x| round(x, 7, 127), |x| half::bf16::from_f32(x).to_bits());
     }
 }
+
+// --- rows and columns ---------------------------------------------------------------------------------------------------------------
+
+fn transposition<V: Vector>(isa: V::Isa, mut random: impl FnMut() -> V::Elem)
+where
+    V::Elem: Lane,
+{
+    let level = <V::Isa as Isa>::LEVEL;
+    // Rows five elements apart, in the opposite order, and one byte off the alignment.
+    let (step, size) = (5, size_of::<V::Elem>());
+    let values: Vec<V::Elem> = (0..step * V::LANES).map(|_| random()).collect();
+    let offsets: Vec<isize> = (0..V::LANES).map(|i| ((V::LANES - 1 - i) * step * size) as isize).collect();
+    let mut bytes = vec![0xA5u8; size * values.len() + 2];
+    // SAFETY: room for every value behind the first byte; any bytes are numbers.
+    unsafe { bytes.as_mut_ptr().add(1).copy_from(values.as_ptr().cast(), size * values.len()) };
+    // SAFETY: the last row begins four elements and one before the end of the values.
+    let columns = unsafe { V::load4(isa, bytes.as_ptr().add(1), offsets.as_ptr()) };
+    for (j, &column) in columns.iter().enumerate() {
+        expect(level, "load4", &lanes(column), |i| values[(V::LANES - 1 - i) * step + j]);
+    }
+    let before = bytes.clone();
+    for i in 0..V::LANES {
+        bytes[1 + i * step * size..][..4 * size].fill(0);
+    }
+    // SAFETY: as above.
+    unsafe { V::store4(columns, bytes.as_mut_ptr().add(1), offsets.as_ptr()) };
+    assert!(bytes == before, "store4 on {}", level.name());
+
+    let (a, b) = (of::<V>(isa, &values[..V::LANES]), of::<V>(isa, &values[V::LANES..]));
+    let (even, odd) = a.deinterleave(b);
+    expect(level, "deinterleave, even", &lanes(even), |i| values[2 * i]);
+    expect(level, "deinterleave, odd", &lanes(odd), |i| values[2 * i + 1]);
+    let (low, high) = even.interleave(odd);
+    expect(level, "interleave, low", &lanes(low), |i| values[i]);
+    expect(level, "interleave, high", &lanes(high), |i| values[V::LANES + i]);
+}
+
+every_level! {
+    fn transposition_of_rows<S>(isa) {
+        let mut random = Random(11);
+        transposition::<S::F32>(isa, || random.ordinary() as f32);
+        transposition::<S::F64>(isa, || random.ordinary());
+    }
+}

@@ -1,9 +1,11 @@
-//! Columns: rows of the batch are adjacent, vectors run across them, and each lane is a row of its own.
+//! Columns: vectors run across the rows of the batch, and each lane is a row of its own.
 //!
-//! A tile is read in blocks of [`BLOCK`] classes: once for the maxima, once more, from L1, for the exponentials. Tiles serve NCHW and Fortran order
-//! in place, and everything with few classes through a transposed copy.
+//! The kernels work on a *tile* in scratch: class c of row j at `c * stride + j`. [`copy_in`] and [`transpose_in`] fill it from whatever memory
+//! has, [`reduce`] leaves the row states and the exponentials, `emit_*` turn them into results in place, and [`copy_out`] and [`transpose_out`]
+//! carry those back. So one set of kernels serves NCHW, Fortran order and many rows of few classes, in and out of place.
+//! With many classes a tile is filled again and again, [`BLOCK`] classes at a time.
 
-use crate::array::{Columns, ColumnsMut, Element, Float, Span, SpanMut, Vf};
+use crate::array::{Columns, ColumnsMut, Element, Float, Rows, RowsMut, Span, SpanMut, Vf, lanes};
 use crate::simd::{Isa, Mask, Vector};
 
 use super::finish::Tile;
@@ -13,10 +15,10 @@ use super::state::{Reference, Summand, Wide, splat};
 /// Classes per block, and the most that are summed in one go.
 pub const BLOCK: usize = 64;
 
-/// Vectors of columns that share one sweep over the classes: long enough runs for the prefetcher in Fortran order.
-const GROUPS: usize = 4;
+/// Vectors of columns whose states are carried from block to block together: long enough runs for the prefetcher in Fortran order.
+const GROUPS: usize = 8;
 
-/// A dense target stream of a tile.
+/// A dense target stream of a block.
 #[derive(Clone, Copy)]
 pub enum Dense<'a, T> {
     /// None.
@@ -33,7 +35,7 @@ impl<T: Float> Dense<'_, T> {
         match self {
             Self::None => Vf::<S, T>::splat(isa, T::ZERO),
             Self::Shared(span) => Vf::<S, T>::splat(isa, span.get(c)),
-            Self::Tile(columns) => columns.load(isa, c, j),
+            Self::Tile(columns) => columns.load_whole(isa, c, j),
         }
     }
     /// Whether there is one.
@@ -43,292 +45,454 @@ impl<T: Float> Dense<'_, T> {
     }
 }
 
+// --- filling and emptying tiles -----------------------------------------------------------------------------------------------------
+
+/// Adjacent rows, widened; lanes beyond the last one are zero.
+#[inline(always)]
+pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, tile: ColumnsMut<T>) {
+    for c in 0..src.classes() {
+        for j in (0..src.width()).step_by(Vf::<S, T>::LANES) {
+            tile.store_whole(isa, c, j, src.load(isa, c, j));
+        }
+    }
+}
+
+/// The inverse of [`copy_in`].
+#[inline(always)]
+pub fn copy_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>, dst: ColumnsMut<E>) {
+    for c in 0..dst.read().classes() {
+        for j in (0..dst.read().width()).step_by(Vf::<S, T>::LANES) {
+            dst.store(isa, c, j, tile.load_whole(isa, c, j));
+        }
+    }
+}
+
+/// Rows of adjacent classes, four classes at a time; the last four overlap with those before them. `src` has whole vectors of rows.
+#[inline(always)]
+pub fn transpose_in<S: Isa, T: Float>(isa: S, src: Rows<T>, tile: ColumnsMut<T>) {
+    let classes = src.len();
+    if classes < 4 {
+        for c in 0..classes {
+            for r in 0..src.count() {
+                tile.set(c, r, src.get(r, c));
+            }
+        }
+        return;
+    }
+    for r in (0..src.count()).step_by(Vf::<S, T>::LANES) {
+        let mut c = 0;
+        loop {
+            let v = src.load4(isa, r, c);
+            tile.store_whole(isa, c, r, v[0]);
+            tile.store_whole(isa, c + 1, r, v[1]);
+            tile.store_whole(isa, c + 2, r, v[2]);
+            tile.store_whole(isa, c + 3, r, v[3]);
+            if c + 4 == classes {
+                break;
+            }
+            c = (c + 4).min(classes - 4);
+        }
+    }
+}
+
+/// The inverse of [`transpose_in`]; `dst` may have any number of rows.
+#[inline(always)]
+pub fn transpose_out<S: Isa, T: Float>(isa: S, tile: Columns<T>, dst: RowsMut<T>) {
+    let (classes, rows) = (dst.read().len(), dst.read().count());
+    let mut r = 0;
+    while classes >= 4 && r + Vf::<S, T>::LANES <= rows {
+        let mut c = 0;
+        loop {
+            let v = [
+                tile.load_whole(isa, c, r),
+                tile.load_whole(isa, c + 1, r),
+                tile.load_whole(isa, c + 2, r),
+                tile.load_whole(isa, c + 3, r),
+            ];
+            dst.store4(isa, r, c, v);
+            if c + 4 == classes {
+                break;
+            }
+            c = (c + 4).min(classes - 4);
+        }
+        r += Vf::<S, T>::LANES;
+    }
+    for r in r..rows {
+        for c in 0..classes {
+            dst.set(r, c, tile.get(c, r));
+        }
+    }
+}
+
+/// Adjacent rows of two adjacent classes.
+#[inline(always)]
+pub fn deinterleave_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Span<E>, tile: ColumnsMut<T>) {
+    let step = Vf::<S, T>::LANES;
+    let zero = E::from_acc(T::ZERO);
+    let mut i = 0;
+    while i < src.len() {
+        let left = src.len() - i;
+        let (a, b) = if left >= 2 * step {
+            (src.load(isa, i), src.load(isa, i + step))
+        } else if left > step {
+            (src.load(isa, i), src.load_partial(isa, i + step, left - step, zero))
+        } else {
+            (src.load_partial(isa, i, left, zero), Vf::<S, T>::splat(isa, T::ZERO))
+        };
+        let (even, odd) = a.deinterleave(b);
+        tile.store_whole(isa, 0, i / 2, even);
+        tile.store_whole(isa, 1, i / 2, odd);
+        i += 2 * step;
+    }
+}
+
+/// The inverse of [`deinterleave_in`].
+#[inline(always)]
+pub fn interleave_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>, dst: SpanMut<E>) {
+    let step = Vf::<S, T>::LANES;
+    let len = dst.read().len();
+    let mut i = 0;
+    while i < len {
+        let (a, b) = tile.load_whole(isa, 0, i / 2).interleave(tile.load_whole(isa, 1, i / 2));
+        let left = len - i;
+        if left >= 2 * step {
+            dst.store(isa, i, a);
+            dst.store(isa, i + step, b);
+        } else {
+            dst.store_partial(isa, i, left.min(step), a);
+            dst.store_partial(isa, i + left.min(step), left.saturating_sub(step), b);
+        }
+        i += 2 * step;
+    }
+}
+
+/// A run of elements, widened.
+#[inline(always)]
+pub fn widen<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Span<E>, dst: SpanMut<T>) {
+    let step = Vf::<S, T>::LANES;
+    let mut i = 0;
+    while i + step <= src.len() {
+        dst.store(isa, i, src.load(isa, i));
+        i += step;
+    }
+    for i in i..src.len() {
+        dst.set(i, src.get(i).to_acc());
+    }
+}
+
+/// The inverse of [`widen`], rounded once.
+#[inline(always)]
+pub fn narrow<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Span<T>, dst: SpanMut<E>) {
+    let step = Vf::<S, T>::LANES;
+    let mut i = 0;
+    while i + step <= src.len() {
+        dst.store(isa, i, src.load(isa, i));
+        i += step;
+    }
+    for i in i..src.len() {
+        dst.set(i, E::from_acc(src.get(i)));
+    }
+}
+
+// --- reduce -------------------------------------------------------------------------------------------------------------------------
+
 #[derive(Clone, Copy)]
 struct State<S: Isa, T: Real> {
     max: Vf<S, T>,
     ties: Vf<S, T>,
-    arg: Vf<S, T>,
     k: Vf<S, T>,
     b: Vf<S, T>,
     rest: Wide<S>,
+}
+
+/// The part of a state that only a dense target stream needs.
+#[derive(Clone, Copy)]
+struct Linear<S: Isa, T: Real> {
+    arg: Vf<S, T>,
     lin: Wide<S>,
     t_rest: Wide<S>,
     t_top: Wide<S>,
 }
 
-#[derive(Clone, Copy)]
-struct Block<V> {
-    max: V,
-    origin: V,
-    floor: V,
-    k: V,
-    b: V,
+/// Where blocks of classes come from.
+pub trait Blocks<T> {
+    /// Fills the tile, and that of the dense stream, with `count` classes from `first` on of the `width` rows from `from` on.
+    fn fill(&mut self, x: &mut [T], dense: &mut [T], first: usize, count: usize, from: usize, width: usize);
 }
 
-/// The exponentials of one block of classes of one vector of columns.
+/// What [`reduce`] reads and writes.
+pub struct Reduce<'a, T> {
+    /// 1 / temperature.
+    pub scale: f64,
+    /// Number of classes.
+    pub classes: usize,
+    /// Columns in all; up to a multiple of the vector more are computed.
+    pub width: usize,
+    /// Distance between the classes of a tile.
+    pub stride: usize,
+    /// The tile: already filled if the classes are one block, and where the exponentials go then.
+    pub x: &'a mut [T],
+    /// The dense stream: as the tile.
+    pub dense: &'a mut [T],
+    /// The dense stream that is the same for every row.
+    pub shared: &'a [T],
+    /// Whether there is a dense stream, and whether each row has its own.
+    pub linear: (bool, bool),
+    /// Whether exponentials are kept.
+    pub store: bool,
+    /// Supplies the blocks if there are several.
+    pub blocks: &'a mut dyn Blocks<T>,
+}
+
+/// Reads every class into the row states of `tile`. The exponentials replace the logits of the tile, if they are to be kept.
 #[inline(always)]
-fn pass<S: Isa, E: Element<Acc = T>, T: Summand, const LIN: bool, const STORE: bool, const FAR: bool>(
-    isa: S,
-    exp: &Exp<Vf<S, T>>,
-    at: &Block<Vf<S, T>>,
-    x: Columns<E>,
-    classes: (usize, usize),
-    j: usize,
-    dense: Dense<T>,
-    e: ColumnsMut<T>,
-    state: &mut State<S, T>,
-) {
-    let zero = Vf::<S, T>::splat(isa, T::ZERO);
-    let one = Vf::<S, T>::splat(isa, T::ONE);
-    let (mut rest, mut lin, mut t_rest, mut t_top) = ([zero; 4], [zero; 4], [zero; 4], [zero; 4]);
-    let mut ties = [zero; 2];
-    let mut c = classes.0;
-    while c < classes.1 {
-        for u in 0..4 {
-            if c + u >= classes.1 {
-                break;
-            }
-            let v = x.load(isa, c + u, j);
-            let y = if FAR { v - at.b } else { v };
-            let exponential = exp.exp2(at.floor.max(y), at.k);
-            if STORE {
-                e.store(isa, c + u, j, exponential);
-            }
-            let below = v.ne(at.max);
-            rest[u] = rest[u].add_where(below, exponential);
-            let top = v.eq(at.max);
-            ties[u & 1] = ties[u & 1].add_where(top, one);
-            if LIN {
-                let w = dense.load(isa, c + u, j);
-                lin[u] = lin[u].add_where(w.ne(zero), w * (at.origin - v));
-                t_rest[u] = t_rest[u].add_where(below, w);
-                t_top[u] = t_top[u].add_where(top, w);
-                state.arg = Vf::<S, T>::select(top, Vf::<S, T>::splat(isa, T::from_f64((c + u) as f64)), state.arg);
-            }
-        }
-        c += 4;
-    }
-    state.ties = state.ties + (ties[0] + ties[1]);
-    T::add(isa, &mut state.rest, (rest[0] + rest[1]) + (rest[2] + rest[3]));
-    if LIN {
-        T::add(isa, &mut state.lin, (lin[0] + lin[1]) + (lin[2] + lin[3]));
-        T::add(isa, &mut state.t_rest, (t_rest[0] + t_rest[1]) + (t_rest[2] + t_rest[3]));
-        T::add(isa, &mut state.t_top, (t_top[0] + t_top[1]) + (t_top[2] + t_top[3]));
+pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
+    match (job.linear.0, job.store) {
+        (false, false) => reduce_as::<S, T, false, false>(isa, job, tile),
+        (false, true) => reduce_as::<S, T, false, true>(isa, job, tile),
+        (true, false) => reduce_as::<S, T, true, false>(isa, job, tile),
+        (true, true) => reduce_as::<S, T, true, true>(isa, job, tile),
     }
 }
 
-/// Reads every class of the columns of `x` into the row states of `tile`. With STORE the exponentials go to `e`
-/// (at most [`BLOCK`] classes, so that one reference serves them all); `e` may be `x` itself.
 #[inline(always)]
-pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, const LIN: bool, const STORE: bool>(
-    isa: S,
-    scale: f64,
-    x: Columns<E>,
-    dense: Dense<T>,
-    e: ColumnsMut<T>,
-    tile: &mut Tile,
-) {
+fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: Reduce<T>, tile: &mut Tile) {
     let step = Vf::<S, T>::LANES;
+    let Reduce { scale, classes, width, stride, x, dense, shared, linear, blocks, .. } = job;
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let zero = splat::<S, T>(isa, 0.0);
-    let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
-    let largest = Vf::<S, T>::splat(isa, <T as Float>::MAX);
-    let clamp = splat::<S, T>(isa, T::CLAMP.to_f64() / scale);
-    let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / scale);
-    let k0 = exp.reference(zero);
-    let empty = State::<S, T> {
-        max: lowest,
-        ties: zero,
-        arg: zero,
-        k: k0,
-        b: zero,
-        rest: Wide::zero(isa),
-        lin: Wide::zero(isa),
-        t_rest: Wide::zero(isa),
-        t_top: Wide::zero(isa),
-    };
-    let mut j0 = 0;
-    while j0 < x.width() {
-        let groups = GROUPS.min((x.width() - j0).div_ceil(step));
+    let empty = State { max: Vf::<S, T>::splat(isa, T::NEG_INF), ties: zero, k: exp.reference(zero), b: zero, rest: Wide::zero(isa) };
+    let none = Linear::<S, T> { arg: zero, lin: Wide::zero(isa), t_rest: Wide::zero(isa), t_top: Wide::zero(isa) };
+    let one_block = classes <= BLOCK;
+    let width = width.next_multiple_of(step);
+    let mut from = 0;
+    while from < width {
+        let wide = (GROUPS * step).min(width - from);
+        // Blocks of many classes stand at the start of the tile, whichever columns they are of.
+        let at = if one_block { from } else { 0 };
         let mut states: [State<S, T>; GROUPS] = [empty; GROUPS];
-        let mut c0 = 0;
-        while c0 < x.classes() {
-            let c1 = x.classes().min(c0 + BLOCK);
-            for (group, state) in states[..groups].iter_mut().enumerate() {
-                let state: &mut State<S, T> = state;
-                let j = j0 + group * step;
-                let mut max = [state.max, lowest];
-                let mut c = c0;
-                while c < c1 {
-                    max[0] = x.load(isa, c, j).max(max[0]);
-                    if c + 1 < c1 {
-                        max[1] = x.load(isa, c + 1, j).max(max[1]);
-                    }
-                    c += 2;
-                }
-                let max = max[0].max(max[1]);
-                let far = limit.lt(max.abs());
-                let none = max.eq(lowest);
-                let finite = Vf::<S, T>::select(none, zero, max.min(largest));
-                // Lanes far off the grid, and those of −inf, must not reach the rounding of `reference`.
-                let near = Vf::<S, T>::select(far, zero, finite);
-                let k = exp.reference(near);
-                let b = Vf::<S, T>::select(none, zero, finite - near);
-                let at = Block { max, origin: finite, floor: (finite - b) - clamp, k, b };
-                let any_far = b.ne(zero).any();
-                if c0 > 0 && state.max.lt(max).any() {
-                    grow::<S, T, LIN>(isa, &exp, scale, &at, state);
-                }
-                (state.max, state.k, state.b) = (max, k, b);
-                let classes = (c0, c1);
-                if any_far {
-                    pass::<S, E, T, LIN, STORE, true>(isa, &exp, &at, x, classes, j, dense, e, state);
-                } else {
-                    pass::<S, E, T, LIN, STORE, false>(isa, &exp, &at, x, classes, j, dense, e, state);
-                }
+        let mut linears: [Linear<S, T>; GROUPS] = [none; GROUPS];
+        let mut first = 0;
+        loop {
+            let count = BLOCK.min(classes - first);
+            if !one_block {
+                blocks.fill(x, dense, first, count, from, wide);
             }
-            c0 = c1;
+            let block = ColumnsMut::of(x, stride, count, stride);
+            let stream = match linear {
+                (false, _) => Dense::None,
+                (true, false) => Dense::Shared(Span::of(&shared[first..first + count])),
+                (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
+            };
+            for group in 0..wide / step {
+                let (state, linear) = (&mut states[group], &mut linears[group]);
+                reduce_block::<S, T, LIN, STORE>(isa, &exp, scale, block, first, at + group * step, stream, state, linear);
+            }
+            first += count;
+            if first >= classes {
+                break;
+            }
         }
-        for (group, state) in states[..groups].iter().enumerate() {
-            let j = j0 + group * step;
+        for group in 0..wide / step {
+            let (state, linear, j) = (&states[group], &linears[group], from + group * step);
             T::store_wide(isa, state.max, SpanMut::of(&mut tile.max), j);
             T::store_wide(isa, state.ties, SpanMut::of(&mut tile.ties), j);
             T::store_wide(isa, state.k, SpanMut::of(&mut tile.k), j);
             T::store_wide(isa, state.b, SpanMut::of(&mut tile.b), j);
             T::store_columns(isa, state.rest, SpanMut::of(&mut tile.rest), j);
             if LIN {
-                T::store_wide(isa, state.arg, SpanMut::of(&mut tile.arg), j);
-                T::store_columns(isa, state.lin, SpanMut::of(&mut tile.lin), j);
-                T::store_columns(isa, state.t_rest, SpanMut::of(&mut tile.t_rest), j);
-                T::store_columns(isa, state.t_top, SpanMut::of(&mut tile.t_top), j);
+                T::store_wide(isa, linear.arg, SpanMut::of(&mut tile.arg), j);
+                T::store_columns(isa, linear.lin, SpanMut::of(&mut tile.lin), j);
+                T::store_columns(isa, linear.t_rest, SpanMut::of(&mut tile.t_rest), j);
+                T::store_columns(isa, linear.t_top, SpanMut::of(&mut tile.t_top), j);
             }
         }
-        j0 += groups * step;
+        from += wide;
     }
 }
 
-/// Moves a state to a larger maximum: what was the maximum joins the rest.
 #[inline(always)]
-fn grow<S: Isa, T: Summand, const LIN: bool>(isa: S, exp: &Exp<Vf<S, T>>, scale: f64, at: &Block<Vf<S, T>>, state: &mut State<S, T>) {
-    let zero = Vf::<S, T>::splat(isa, T::ZERO);
+fn reduce_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
+    isa: S,
+    exp: &Exp<Vf<S, T>>,
+    scale: f64,
+    x: ColumnsMut<T>,
+    first: usize,
+    j: usize,
+    dense: Dense<T>,
+    state: &mut State<S, T>,
+    linear: &mut Linear<S, T>,
+) {
+    let (zero, one) = (Vf::<S, T>::splat(isa, T::ZERO), Vf::<S, T>::splat(isa, T::ONE));
     let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
-    let grew = state.max.lt(at.max);
-    let empty = state.max.eq(lowest);
-    if state.b.ne(zero).any() || at.b.ne(zero).any() {
+    let from = x.read();
+    let classes = from.classes();
+    let mut tops = [state.max, lowest, lowest, lowest];
+    let mut c = 0;
+    while c + 4 <= classes {
+        for (u, top) in tops.iter_mut().enumerate() {
+            // In this order a NaN is passed over; it comes back through the sum.
+            *top = from.load_whole(isa, c + u, j).max(*top);
+        }
+        c += 4;
+    }
+    while c < classes {
+        tops[0] = from.load_whole(isa, c, j).max(tops[0]);
+        c += 1;
+    }
+    let max = tops[0].max(tops[1]).max(tops[2].max(tops[3]));
+    let far = splat::<S, T>(isa, T::LIMIT.to_f64() / scale).lt(max.abs());
+    let none = max.eq(lowest);
+    let finite = Vf::<S, T>::select(none, zero, max.min(Vf::<S, T>::splat(isa, <T as Float>::MAX)));
+    // Lanes far off the grid, and those of −inf, must not reach the rounding of `reference`.
+    let near = Vf::<S, T>::select(far, zero, finite);
+    let (k, b) = (exp.reference(near), finite - near);
+    let floor = (finite - b) - splat::<S, T>(isa, T::CLAMP.to_f64() / scale);
+    if first > 0 && state.max.lt(max).any() {
+        grow::<S, T, LIN>(isa, exp, scale, (max, k, b, floor), state, linear);
+    }
+    (state.max, state.k, state.b) = (max, k, b);
+
+    let (mut rest, mut lin, mut t_rest, mut t_top) = ([zero; 4], [zero; 4], [zero; 4], [zero; 4]);
+    let mut ties = [zero; 4];
+    let mut c = 0;
+    while c < classes {
+        let n = (classes - c).min(4);
+        for u in 0..4 {
+            if u >= n {
+                break;
+            }
+            let v = from.load_whole(isa, c + u, j);
+            // b is 0 except where the maximum is off the grid: then x − b is exact or dwarfed by x's own spacing.
+            let e = exp.exp2(floor.max(v - b), k);
+            if STORE {
+                x.store_whole(isa, c + u, j, e);
+            }
+            // Unordered: a NaN is not the maximum and so reaches the sum.
+            let below = v.ne(max);
+            rest[u] = rest[u].add_where(below, e);
+            let top = v.eq(max);
+            ties[u] = ties[u].add_where(top, one);
+            if LIN {
+                let w = dense.load(isa, c + u, j);
+                lin[u] = lin[u].add_where(w.ne(zero), w * (finite - v));
+                t_rest[u] = t_rest[u].add_where(below, w);
+                t_top[u] = t_top[u].add_where(top, w);
+                linear.arg = Vf::<S, T>::select(top, splat::<S, T>(isa, (first + c + u) as f64), linear.arg);
+            }
+        }
+        c += 4;
+    }
+    state.ties = state.ties + ((ties[0] + ties[1]) + (ties[2] + ties[3]));
+    T::add(isa, &mut state.rest, (rest[0] + rest[1]) + (rest[2] + rest[3]));
+    if LIN {
+        T::add(isa, &mut linear.lin, (lin[0] + lin[1]) + (lin[2] + lin[3]));
+        T::add(isa, &mut linear.t_rest, (t_rest[0] + t_rest[1]) + (t_rest[2] + t_rest[3]));
+        T::add(isa, &mut linear.t_top, (t_top[0] + t_top[1]) + (t_top[2] + t_top[3]));
+    }
+}
+
+/// Moves a state to a larger maximum (max, k, b, floor): what was the maximum joins the rest.
+#[inline(always)]
+fn grow<S: Isa, T: Summand, const LIN: bool>(
+    isa: S,
+    exp: &Exp<Vf<S, T>>,
+    scale: f64,
+    (max, k, b, floor): (Vf<S, T>, Vf<S, T>, Vf<S, T>, Vf<S, T>),
+    state: &mut State<S, T>,
+    linear: &mut Linear<S, T>,
+) {
+    let zero = Vf::<S, T>::splat(isa, T::ZERO);
+    let grew = state.max.lt(max);
+    let empty = state.max.eq(Vf::<S, T>::splat(isa, T::NEG_INF));
+    let mut by = Vf::<S, T>::splat(isa, T::ONE).scale2(zero.min(state.k - k));
+    if state.b.ne(b).any() {
         // Rare, and the vector exponential cannot take a difference of two references off the grid.
         let mut factors = [0.0; 16];
-        let (k, b, to_k, to_b) = (
-            crate::array::lanes::<S, T>(state.k),
-            crate::array::lanes::<S, T>(state.b),
-            crate::array::lanes::<S, T>(at.k),
-            crate::array::lanes::<S, T>(at.b),
-        );
+        T::store_wide(isa, by, SpanMut::of(&mut factors), 0);
+        let (from_k, from_b) = (lanes::<S, T>(state.k), lanes::<S, T>(state.b));
+        let (to_k, to_b) = (lanes::<S, T>(k), lanes::<S, T>(b));
         for lane in 0..Vf::<S, T>::LANES {
-            let from = Reference { k: k[lane].to_f64(), b: b[lane].to_f64() };
-            let to = Reference { k: to_k[lane].to_f64(), b: to_b[lane].to_f64() };
-            factors[lane] = from.factor(to, scale).min(1.0);
+            if from_b[lane] != to_b[lane] {
+                let from = Reference { k: from_k[lane].to_f64(), b: from_b[lane].to_f64() };
+                let to = Reference { k: to_k[lane].to_f64(), b: to_b[lane].to_f64() };
+                factors[lane] = from.factor(to, scale).min(1.0);
+            }
         }
-        T::scale_columns(isa, &mut state.rest, T::load_wide(isa, Span::of(&factors), 0));
-    } else {
-        let shift = zero.min(state.k - at.k);
-        T::scale_columns(isa, &mut state.rest, Vf::<S, T>::splat(isa, T::ONE).scale2(shift));
+        by = T::load_wide(isa, Span::of(&factors), 0);
     }
-    let old = exp.exp2(at.floor.max(state.max - at.b), at.k);
-    let joined = Vf::<S, T>::select(grew, state.ties * old, zero);
-    T::add(isa, &mut state.rest, joined);
+    T::scale_columns(isa, &mut state.rest, by);
+    let old = exp.exp2(floor.max(state.max - b), k);
+    T::add(isa, &mut state.rest, Vf::<S, T>::select(grew, state.ties * old, zero));
     state.ties = Vf::<S, T>::select(grew, zero, state.ties);
     if LIN {
         let one = Vf::<S, T>::splat(isa, T::ONE);
-        let (mut joined, stays) = (state.t_top, Vf::<S, T>::select(grew, zero, one));
+        let (mut joined, stays) = (linear.t_top, Vf::<S, T>::select(grew, zero, one));
         T::scale_columns(isa, &mut joined, Vf::<S, T>::select(grew, one, zero));
-        T::scale_columns(isa, &mut state.t_top, stays);
-        state.t_rest.merge(joined);
+        T::scale_columns(isa, &mut linear.t_top, stays);
+        linear.t_rest.merge(joined);
         let mut totals = [0.0; 16];
-        T::store_columns(isa, state.t_rest, SpanMut::of(&mut totals), 0);
+        T::store_columns(isa, linear.t_rest, SpanMut::of(&mut totals), 0);
         let weight = T::load_wide(isa, Span::of(&totals), 0);
-        let moved = Vf::<S, T>::select(empty, zero, (at.max - state.max) * weight);
+        let moved = Vf::<S, T>::select(empty, zero, (max - state.max) * weight);
         let moved = Vf::<S, T>::select(weight.eq(zero), zero, moved);
-        T::add(isa, &mut state.lin, Vf::<S, T>::select(grew, moved, zero));
+        T::add(isa, &mut linear.lin, Vf::<S, T>::select(grew, moved, zero));
     }
 }
 
-/// Writes `a·e − g·t` from the exponentials that `reduce` stored.
+// --- emit ---------------------------------------------------------------------------------------------------------------------------
+
+/// Replaces the stored exponentials of a tile by `a·e − g·t`.
 #[inline(always)]
-pub fn emit_stored<S: Isa, E: Element<Acc = T>, T: Summand>(isa: S, e: Columns<T>, dense: Dense<T>, tile: &Tile, dst: ColumnsMut<E>) {
-    let step = Vf::<S, T>::LANES;
-    for j in (0..e.width()).step_by(step) {
+pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile) {
+    let e = x.read();
+    for j in (0..width).step_by(Vf::<S, T>::LANES) {
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         if dense.is_some() {
             let g = T::load_wide(isa, Span::of(&tile.g), j);
             for c in 0..e.classes() {
-                dst.store(isa, c, j, e.load(isa, c, j) * a - dense.load(isa, c, j) * g);
+                x.store_whole(isa, c, j, e.load_whole(isa, c, j) * a - dense.load(isa, c, j) * g);
             }
         } else {
             for c in 0..e.classes() {
-                dst.store(isa, c, j, e.load(isa, c, j) * a);
+                x.store_whole(isa, c, j, e.load_whole(isa, c, j) * a);
             }
         }
     }
 }
 
-/// Writes `a·exp(x − reference) − g·t`, class by class in blocks of columns; `dst` may be `x`.
+/// Replaces the logits of a tile by `a·exp(x − reference) − g·t`.
 #[inline(always)]
-pub fn emit_exp<S: Isa, E: Element<Acc = T>, O: Element<Acc = T>, T: Summand>(
-    isa: S,
-    scale: f64,
-    x: Columns<E>,
-    dense: Dense<T>,
-    tile: &Tile,
-    dst: ColumnsMut<O>,
-) {
-    let step = Vf::<S, T>::LANES;
+pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile) {
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let clamp = splat::<S, T>(isa, T::CLAMP.to_f64() / scale);
-    let mut j0 = 0;
-    while j0 < x.width() {
-        let groups = GROUPS.min((x.width() - j0).div_ceil(step));
-        for c in 0..x.classes() {
-            for group in 0..groups {
-                let j = j0 + group * step;
-                let b = T::load_wide(isa, Span::of(&tile.b), j);
-                let max = T::load_wide(isa, Span::of(&tile.max), j);
-                let floor = (max - b) - clamp;
-                let k = T::load_wide(isa, Span::of(&tile.k), j);
-                let a = T::load_wide(isa, Span::of(&tile.a), j);
-                let y = floor.max(x.load(isa, c, j) - b);
-                let mut out = exp.exp2(y, k) * a;
-                if dense.is_some() {
-                    out = out - dense.load(isa, c, j) * T::load_wide(isa, Span::of(&tile.g), j);
-                }
-                dst.store(isa, c, j, out);
+    let from = x.read();
+    for j in (0..width).step_by(Vf::<S, T>::LANES) {
+        let b = T::load_wide(isa, Span::of(&tile.b), j);
+        let floor = (T::load_wide(isa, Span::of(&tile.max), j) - b) - clamp;
+        let k = T::load_wide(isa, Span::of(&tile.k), j);
+        let a = T::load_wide(isa, Span::of(&tile.a), j);
+        let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.g), j) } else { a };
+        for c in 0..from.classes() {
+            let mut out = exp.exp2(floor.max(from.load_whole(isa, c, j) - b), k) * a;
+            if dense.is_some() {
+                out = out - dense.load(isa, c, j) * g;
             }
+            x.store_whole(isa, c, j, out);
         }
-        j0 += groups * step;
     }
 }
 
-/// Writes `(x − max)·scale − log_sum`.
+/// Replaces the logits of a tile by `(x − max)·scale − log_sum`, in this order: neither step cancels.
 #[inline(always)]
-pub fn emit_log<S: Isa, E: Element<Acc = T>, O: Element<Acc = T>, T: Summand>(
-    isa: S,
-    scale: f64,
-    x: Columns<E>,
-    tile: &Tile,
-    dst: ColumnsMut<O>,
-) {
-    let step = Vf::<S, T>::LANES;
+pub fn emit_log<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, tile: &Tile) {
     let scale = Vf::<S, T>::splat(isa, T::from_f64(scale));
-    let mut j0 = 0;
-    while j0 < x.width() {
-        let groups = GROUPS.min((x.width() - j0).div_ceil(step));
-        for c in 0..x.classes() {
-            for group in 0..groups {
-                let j = j0 + group * step;
-                let max = T::load_wide(isa, Span::of(&tile.max), j);
-                let log_sum = T::load_wide(isa, Span::of(&tile.log_sum), j);
-                dst.store(isa, c, j, (x.load(isa, c, j) - max) * scale - log_sum);
-            }
+    let from = x.read();
+    for j in (0..width).step_by(Vf::<S, T>::LANES) {
+        let max = T::load_wide(isa, Span::of(&tile.max), j);
+        let log_sum = T::load_wide(isa, Span::of(&tile.log_sum), j);
+        for c in 0..from.classes() {
+            x.store_whole(isa, c, j, (from.load_whole(isa, c, j) - max) * scale - log_sum);
         }
-        j0 += groups * step;
     }
 }

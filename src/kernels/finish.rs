@@ -7,7 +7,7 @@
 use crate::array::{Span, SpanMut};
 use crate::simd::{Isa, Mask, Vector};
 
-use super::math::{Exp, log1p};
+use super::math::{Exp, log1p_over};
 use super::state::splat;
 
 /// Most rows in a tile.
@@ -43,6 +43,8 @@ pub struct Tile {
     pub mass: Vec<f64>,
     /// All mass on its class: sparse entries of the same class and the dense stream.
     pub mass_all: Vec<f64>,
+    /// Its exponential relative to the row's reference, if [`Terms::stored`].
+    pub e_target: Vec<f64>,
     /// The gradient there.
     pub patch: Vec<f64>,
 }
@@ -72,7 +74,7 @@ impl Tile {
                 v.resize(WIDTH, 0.0);
             }
         }
-        for v in [&mut self.x_target, &mut self.mass, &mut self.mass_all, &mut self.patch] {
+        for v in [&mut self.x_target, &mut self.mass, &mut self.mass_all, &mut self.e_target, &mut self.patch] {
             if v.len() < entries * WIDTH {
                 v.resize(entries * WIDTH, 0.0);
             }
@@ -91,6 +93,10 @@ pub struct Terms {
     pub entries: usize,
     /// Whether `lin`, `t_rest`, `t_top` of the tile hold a dense stream.
     pub dense: bool,
+    /// Whether there is a gradient: otherwise only `loss` and `lse` of a loss are filled.
+    pub gradient: bool,
+    /// Whether the exponentials of the sparse targets are in the tile; otherwise they are computed from the logits.
+    pub stored: bool,
     /// Whether there are targets at all: a transform needs only `log_sum`, `lse` and `a` = 1/(S·e(max)).
     pub loss: bool,
 }
@@ -111,21 +117,22 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, rows: usize) {
         let rest = Span::of(&tile.rest).load(isa, r);
         let finite = max.abs().lt(infinity);
         let origin = S::F64::select(finite, max, b);
-        let e_max = exp.exp2(origin - b, k);
-        let others = (ties - one) + rest / e_max;
+        // 1/e(max) as an exponential of its own: it saves two divisions.
+        let over_max = exp.exp2(b - origin, -k);
+        let others = (ties - one) + rest * over_max;
         // A maximum of −inf or +inf makes the row NaN, and a NaN class came in through the rest.
         let valid = finite.and(rest.eq(rest));
         let sum = one + others;
-        let log_sum = log1p(isa, others);
+        let p_max = one / sum;
+        let log_sum = log1p_over(isa, others, p_max);
         let bad = splat::<S, f64>(isa, f64::NAN);
         let lse = S::F64::select(finite, origin * scale + log_sum, max);
         let lse = S::F64::select(rest.eq(rest), lse, bad);
         let log_sum = S::F64::select(valid, log_sum, bad);
-        let inverse = one / (sum * e_max);
+        let inverse = over_max * p_max;
         SpanMut::of(&mut tile.lse).store(isa, r, lse);
         SpanMut::of(&mut tile.log_sum).store(isa, r, log_sum);
         if terms.loss {
-            let g = Span::of(&tile.g).load(isa, r);
             let (mut lin, mut t_rest, mut t_top) = (zero, zero, zero);
             if terms.dense {
                 lin = Span::of(&tile.lin).load(isa, r);
@@ -151,11 +158,14 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, rows: usize) {
             }
             let weight = Span::of(&tile.weight).load(isa, r);
             SpanMut::of(&mut tile.loss).store(isa, r, loss * weight);
-            let g = g * scale;
+            if !terms.gradient {
+                r += step;
+                continue;
+            }
+            let g = Span::of(&tile.g).load(isa, r) * scale;
             let factor = S::F64::select(valid, g * pull * inverse, bad);
             SpanMut::of(&mut tile.a).store(isa, r, factor);
             SpanMut::of(&mut tile.g).store(isa, r, g);
-            let p_max = one / sum;
             // Where the maximum has less than half the mass nothing cancels, and the sum of the others is the longer way.
             let sure = (t_rest - total * (others * p_max)) + (pull - total) * p_max;
             let top = g * S::F64::select(others.lt(one), sure, pull * p_max - t_top);
@@ -166,8 +176,12 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, rows: usize) {
                 let at = entry * WIDTH + r;
                 let x = Span::of(&tile.x_target).load(isa, at);
                 let mass = Span::of(&tile.mass_all).load(isa, at);
-                let y = (origin - b - splat::<S, f64>(isa, 1100.0 / terms.scale)).max(x - b);
-                let p = exp.exp2(y, k) * inverse;
+                let e = if terms.stored {
+                    Span::of(&tile.e_target).load(isa, at)
+                } else {
+                    exp.exp2((origin - b - splat::<S, f64>(isa, 1100.0 / terms.scale)).max(x - b), k)
+                };
+                let p = e * inverse;
                 let other = S::F64::select(valid, g * (pull * p - mass), bad);
                 SpanMut::of(&mut tile.patch).store(isa, at, S::F64::select(x.eq(max).and(lone), top, other));
             }

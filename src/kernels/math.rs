@@ -348,6 +348,13 @@ where
 /// With 1 + r = 2^k·(1 + f), f in [sqrt(1/2) − 1, sqrt(2) − 1], and s = f/(2 + f): log(1 + f) = 2·atanh(s), and 2s = f − s·f.
 #[inline(always)]
 pub fn log1p<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> D {
+    let one = D::splat(isa, 1.0);
+    log1p_over(isa, r, one / (one + r))
+}
+
+/// The same where `inverse` = 1/(1 + r) is at hand.
+#[inline(always)]
+pub fn log1p_over<D: Vector<Elem = f64>>(isa: D::Isa, r: D, inverse: D) -> D {
     let (zero, one) = (D::splat(isa, 0.0), D::splat(isa, 1.0));
     let u = one + r;
     // What rounding 1 + r took off: the larger term leaves an exact difference. It adds lost/u to the logarithm.
@@ -358,7 +365,7 @@ pub fn log1p<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> D {
     let small = r.lt(D::splat(isa, core::f64::consts::SQRT_2 - 1.0));
     let f = D::select(small, r, m - one);
     let k = D::select(small, zero, k);
-    let lost = D::select(small, zero, lost / u);
+    let lost = D::select(small, zero, lost * inverse);
     let s = f / (D::splat(isa, 2.0) + f);
     let z = s * s;
     let tail = s * (f - z * polynomial(isa, &LOG, z));

@@ -1,110 +1,600 @@
-//! Tasks whose rows are adjacent, or whose classes are few and transposed into a tile: the kernels of [`crate::kernels::columns`].
+//! Tasks whose vectors run across rows: few classes, and class axes that are strided. See [`crate::kernels::columns`].
+//!
+//! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Columns, ColumnsMut, Element, Span};
-use crate::kernels::columns::{self, Dense};
-use crate::kernels::finish::{Tile, WIDTH, finish};
-use crate::simd::Isa;
+use crate::array::{Array, Columns, ColumnsMut, DType, Element, Out, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Reduce};
+use crate::kernels::finish::{Terms, Tile, WIDTH, finish};
+use crate::kernels::state::{Pair, Summand, Wide};
+use crate::simd::{Isa, Kernel, Vector};
 
-use super::job::{Job, Kind, OUT, PROBS, X, prepare};
+use super::job::{Job, Kind, OUT, PROBS, RESULT, UPSTREAM, X};
 use super::plan::Path;
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::source::{dense_row, gather_logits, scatter, shared_stream, unbend, unbend_patches};
+use super::source::{dense_row, gather, gather_logits, row_spread, scatter, shared_stream, unbend, unbend_patches};
+use super::targets::NONE;
 
-#[inline(always)]
-pub(super) fn work_columns<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job, kept: &[usize], scratch: &mut Scratch) {
-    let (tile, buffers, _) = T::buffers(scratch);
-    prepare::<T>(job, kept, tile, true);
-    shared_stream(job, &mut buffers.shared);
-    let classes = job.classes.size;
-    let n = kept.len();
-    let few = classes <= columns::BLOCK;
-    let direct = job.read == Path::Columns;
-    let depth = classes.min(columns::BLOCK);
-    let Buffers { x, dense, shared, .. } = buffers;
-    let x: &mut [T] = room(x, depth.max(1) * WIDTH);
-    if job.own_dense() && few {
-        room(dense, depth.max(1) * WIDTH);
-        for (slot, &row) in kept.iter().enumerate() {
-            dense_row(job, row, 0, &mut dense[slot..], classes, WIDTH);
-        }
-    }
-    let stream = if job.kind != Kind::Loss || !job.terms.dense {
-        Dense::None
-    } else if job.own_dense() && few {
-        Dense::Tile(Columns::of(dense, WIDTH, classes, n))
-    } else if let Some(probs) = job.probs {
-        Dense::Tile(probs.columns::<T>(job.rows.offset(PROBS, kept[0]), job.classes.inner_stride(PROBS), classes, n))
-    } else {
-        Dense::Shared(Span::of(&shared[..classes]))
-    };
-    if !direct {
-        for (slot, &row) in kept.iter().enumerate() {
-            gather_logits(job, row, 0, &mut x[slot..], classes, WIDTH);
-        }
-    }
-    // With few classes the exponentials stay in the tile; with many they are computed again, class by class.
-    let store = few && job.out.is_some() && job.kind != Kind::LogSoftmax;
-    let scale = job.terms.scale;
-    if direct {
-        let source = job.x.columns::<E>(job.rows.offset(X, kept[0]), job.classes.inner_stride(X), classes, n);
-        reduce_columns::<S, E, T>(isa, scale, source, stream, ColumnsMut::of(x, WIDTH, depth, n), tile, store);
-    } else {
-        let room = ColumnsMut::of(x, WIDTH, depth, n);
-        reduce_columns::<S, T, T>(isa, scale, room.read(), stream, room, tile, store);
-    }
-    finish(isa, &job.terms, tile, n);
-    if job.out.is_some() {
-        unbend_patches(job, kept, tile);
-    }
-    let Some(out) = job.out else { return };
-    let write = direct && job.write == Path::Columns;
-    let mut start = 0;
-    while start < classes {
-        let count = depth.min(classes - start);
-        let part = match stream {
-            Dense::None => Dense::None,
-            Dense::Shared(span) => Dense::Shared(span.part(start, count)),
-            Dense::Tile(columns) => Dense::Tile(columns.part(start, count)),
+/// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
+const ROOM: usize = 16 << 10;
+
+/// The most lanes of a vector: tiles are filled up to a multiple of it.
+const LANES: usize = 16;
+
+/// Rows of one tile and where to put them.
+struct Strip<'j, 'a> {
+    job: &'j Job<'a>,
+    kept: &'j [usize],
+    /// Whether the rows follow each other along the innermost row axis.
+    run: bool,
+}
+
+impl<'j, 'a> Strip<'j, 'a> {
+    fn new(job: &'j Job<'a>, kept: &'j [usize]) -> Self {
+        let run = match kept {
+            [first, .., last] => last - first + 1 == kept.len() && first % job.rows.inner_len() + kept.len() <= job.rows.inner_len(),
+            _ => true,
         };
-        let source = || job.x.columns::<E>(job.rows.offset(X, kept[0]), job.classes.inner_stride(X), classes, n).part(start, count);
-        let inner = job.classes.inner_stride(OUT);
-        let target = || out.columns::<E>(job.rows.offset(OUT, kept[0]) + start as isize * inner, inner, count, n);
-        let scratch = ColumnsMut::of(&mut x[..], WIDTH, count, n);
-        match (job.kind == Kind::LogSoftmax, store, direct, write) {
-            (true, _, true, true) => columns::emit_log(isa, scale, source(), tile, target()),
-            (true, _, true, false) => columns::emit_log(isa, scale, source(), tile, scratch),
-            (true, _, false, _) => columns::emit_log(isa, scale, scratch.read(), tile, scratch),
-            (false, true, _, true) => columns::emit_stored(isa, scratch.read(), part, tile, target()),
-            (false, true, _, false) => columns::emit_stored(isa, scratch.read(), part, tile, scratch),
-            (false, false, _, true) => columns::emit_exp(isa, scale, source(), part, tile, target()),
-            (false, false, _, false) => columns::emit_exp(isa, scale, source(), part, tile, scratch),
+        Self { job, kept, run }
+    }
+
+    /// The path of an operand for this strip: rows with gaps between them are not columns.
+    fn path(&self, path: Path) -> Path {
+        if path == Path::Columns && !self.run { Path::Gathered } else { path }
+    }
+
+    /// Whether `count` classes of the rows of an operand are one run of memory.
+    fn adjacent(&self, operand: usize, count: usize, size: usize) -> bool {
+        let (classes, rows) = (&self.job.classes, &self.job.rows);
+        self.run
+            && count == classes.size
+            && classes.inner_stride(operand) == size as isize
+            && (self.kept.len() == 1 || rows.inner_stride(operand) == (count * size) as isize)
+    }
+
+    /// Byte offsets of the rows of an operand, `shift` added; the last one is repeated up to `count`.
+    fn offsets<'o>(&self, operand: usize, shift: isize, count: usize, offsets: &'o mut Vec<isize>) -> &'o [isize] {
+        let rows = &self.job.rows;
+        offsets.clear();
+        if self.run {
+            let (base, stride) = (rows.offset(operand, self.kept[0]) + shift, rows.inner_stride(operand));
+            offsets.extend((0..self.kept.len() as isize).map(|i| base + i * stride));
+        } else {
+            offsets.extend(self.kept.iter().map(|&row| rows.offset(operand, row) + shift));
         }
-        if !write {
-            for (slot, &row) in kept.iter().enumerate() {
-                if job.bend.is_some() {
-                    unbend(job, row, start, &mut x[slot..], count, WIDTH);
+        let last = offsets[self.kept.len() - 1];
+        offsets.resize(count.max(self.kept.len()), last);
+        offsets
+    }
+
+    /// Fills a tile with `count` classes from `first` on of an operand with elements `E`.
+    fn fill<E: Element<Acc = T>, T: Work>(
+        &self,
+        array: &Array,
+        operand: usize,
+        path: Path,
+        (first, count): (usize, usize),
+        (tile, stride): (&mut [T], usize),
+        offsets: &mut Vec<isize>,
+        flat: &mut Vec<T>,
+    ) {
+        let (job, n) = (self.job, self.kept.len());
+        let step = job.classes.inner_stride(operand);
+        let size = size_of::<E>();
+        let path = self.path(path);
+        match path {
+            Path::Columns => {
+                let src = array.columns::<E>(job.rows.offset(operand, self.kept[0]) + first as isize * step, step, count, n);
+                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride)));
+            }
+            Path::Rows if count == 2 && self.adjacent(operand, count, size) => {
+                let src = array.span::<E>(job.rows.offset(operand, self.kept[0]), 2 * n);
+                job.level.run(Move::PairsIn(src, ColumnsMut::of(tile, stride, count, stride)));
+            }
+            Path::Rows => {
+                let backwards = step < 0;
+                let shift = (if backwards { first + count - 1 } else { first }) as isize * step;
+                let whole = n.next_multiple_of(LANES);
+                let tile = ColumnsMut::of(tile, stride, count, stride);
+                let tile = if backwards { tile.reversed() } else { tile };
+                if E::DTYPE == T::DTYPE {
+                    let src = array.rows::<T>(self.offsets(operand, shift, whole, offsets), count);
+                    job.level.run(Move::<T, T>::RowsIn(src, tile));
+                } else {
+                    let flat = room(flat, whole * count);
+                    self.offsets(operand, shift, 0, offsets);
+                    let runs = if self.adjacent(operand, count, size) { &offsets[..1] } else { &offsets[..] };
+                    job.level.run(Move::<E, T>::Widen(array.rows(runs, n * count / runs.len()), SpanMut::of(flat)));
+                    offsets.clear();
+                    offsets.extend((0..whole).map(|i| (i.min(n - 1) * count * size_of::<T>()) as isize));
+                    let src = RowsMut::of(flat, offsets, count).read();
+                    job.level.run(Move::<T, T>::RowsIn(src, tile));
                 }
-                scatter(out, &job.classes, job.rows.offset(OUT, row), start, &x[slot..], count, WIDTH);
+            }
+            Path::Gathered => {
+                for (slot, &row) in self.kept.iter().enumerate() {
+                    if operand == X {
+                        gather_logits(job, row, first, &mut tile[slot..], count, stride);
+                    } else {
+                        gather(array, operand, &job.classes, job.rows.offset(operand, row), first, &mut tile[slot..], count, stride);
+                    }
+                }
             }
         }
-        start += count;
+    }
+
+    /// Writes `count` classes from `first` on of the result from a tile.
+    fn empty<E: Element<Acc = T>, T: Work>(
+        &self,
+        out: &Out,
+        (first, count): (usize, usize),
+        (tile, stride): (&[T], usize),
+        offsets: &mut Vec<isize>,
+        flat: &mut Vec<T>,
+    ) {
+        let (job, n) = (self.job, self.kept.len());
+        let step = job.classes.inner_stride(OUT);
+        let size = size_of::<E>();
+        let source = Columns::of(tile, stride, count, stride);
+        match self.path(job.tile_write) {
+            Path::Columns => {
+                let dst = out.columns::<E>(job.rows.offset(OUT, self.kept[0]) + first as isize * step, step, count, n);
+                job.level.run(Move::Out(source, dst));
+            }
+            Path::Rows if count == 2 && self.adjacent(OUT, count, size) => {
+                let dst = out.span::<E>(job.rows.offset(OUT, self.kept[0]), 2 * n);
+                job.level.run(Move::PairsOut(source, dst));
+            }
+            Path::Rows => {
+                let backwards = step < 0;
+                let shift = (if backwards { first + count - 1 } else { first }) as isize * step;
+                let source = if backwards { source.reversed() } else { source };
+                if E::DTYPE == T::DTYPE {
+                    let dst = out.rows::<T>(self.offsets(OUT, shift, 0, offsets), count);
+                    job.level.run(Move::<T, T>::RowsOut(source, dst));
+                } else {
+                    let flat = room(flat, n * count);
+                    offsets.clear();
+                    offsets.extend((0..n).map(|i| (i * count * size_of::<T>()) as isize));
+                    job.level.run(Move::<T, T>::RowsOut(source, RowsMut::of(flat, offsets, count)));
+                    self.offsets(OUT, shift, 0, offsets);
+                    let runs = if self.adjacent(OUT, count, size) { &offsets[..1] } else { &offsets[..] };
+                    job.level.run(Move::<E, T>::Narrow(Span::of(flat), out.rows(runs, n * count / runs.len())));
+                }
+            }
+            Path::Gathered => {
+                for (slot, &row) in self.kept.iter().enumerate() {
+                    scatter(out, &job.classes, job.rows.offset(OUT, row), first, &tile[slot..], count, stride);
+                }
+            }
+        }
+    }
+
+    /// Calls `run(operand offset, stride, slot, n)` for runs of rows of a row operand.
+    fn runs(&self, operand: usize, mut run: impl FnMut(isize, isize, usize, usize)) {
+        let rows = &self.job.rows;
+        if self.run && !self.kept.is_empty() {
+            return run(rows.offset(operand, self.kept[0]), rows.inner_stride(operand), 0, self.kept.len());
+        }
+        for (slot, &row) in self.kept.iter().enumerate() {
+            run(rows.offset(operand, row), 0, slot, 1);
+        }
     }
 }
 
-#[inline(always)]
-pub(super) fn reduce_columns<S: Isa, E: Element<Acc = T>, T: Work>(
-    isa: S,
+/// Ways into a tile and out of it.
+enum Move<'s, E, T> {
+    /// Adjacent rows.
+    In(Columns<'s, E>, ColumnsMut<'s, T>),
+    Out(Columns<'s, T>, ColumnsMut<'s, E>),
+    /// Adjacent rows of two adjacent classes.
+    PairsIn(Span<'s, E>, ColumnsMut<'s, T>),
+    PairsOut(Columns<'s, T>, SpanMut<'s, E>),
+    /// Adjacent classes.
+    RowsIn(Rows<'s, T>, ColumnsMut<'s, T>),
+    RowsOut(Columns<'s, T>, RowsMut<'s, T>),
+    /// Between half types and rows of the type they are computed in, one behind the other.
+    Widen(Rows<'s, E>, SpanMut<'s, T>),
+    Narrow(Span<'s, T>, RowsMut<'s, E>),
+}
+
+impl<E: Element<Acc = T>, T: Work> Kernel for Move<'_, E, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        match self {
+            Self::In(src, tile) => columns::copy_in(isa, src, tile),
+            Self::Out(tile, dst) => columns::copy_out(isa, tile, dst),
+            Self::PairsIn(src, tile) => columns::deinterleave_in(isa, src, tile),
+            Self::PairsOut(tile, dst) => columns::interleave_out(isa, tile, dst),
+            Self::RowsIn(src, tile) => columns::transpose_in(isa, src, tile),
+            Self::RowsOut(tile, dst) => columns::transpose_out(isa, tile, dst),
+            Self::Widen(src, dst) => {
+                for r in 0..src.count() {
+                    columns::widen(isa, src.row(r), dst.part(r * src.len(), src.len()));
+                }
+            }
+            Self::Narrow(src, dst) => {
+                let len = dst.row(0).read().len();
+                for r in 0..dst.count() {
+                    columns::narrow(isa, src.part(r * len, len), dst.row(r));
+                }
+            }
+        }
+    }
+}
+
+/// The reduction of a strip.
+struct Read<'s, T>(Reduce<'s, T>, &'s mut Tile);
+
+impl<T: Work> Kernel for Read<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        columns::reduce(isa, self.0, self.1);
+    }
+}
+
+/// The coefficients of a strip. The sum of its losses, which are rounded to the type of the rows.
+struct Finish<'s> {
+    terms: &'s Terms,
+    tile: &'s mut Tile,
+    rows: usize,
+    single: bool,
+}
+
+impl Kernel for Finish<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        finish(isa, self.terms, self.tile, self.rows);
+        if self.terms.loss && self.single {
+            let loss = SpanMut::of(&mut self.tile.loss);
+            for j in (0..self.rows).step_by(S::F32::LANES) {
+                let rounded = <f32 as Summand>::load_wide(isa, loss.read(), j);
+                <f32 as Summand>::store_wide(isa, rounded, loss, j);
+            }
+        }
+    }
+}
+
+/// The sum of the losses of a strip.
+struct Sum<'s>(&'s mut [f64], usize);
+
+impl Kernel for Sum<'_> {
+    type Output = Pair;
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> Pair {
+        self.0[self.1..self.1.next_multiple_of(S::F64::LANES)].fill(0.0);
+        let mut sum = Wide::zero(isa);
+        for j in (0..self.1).step_by(S::F64::LANES) {
+            <f64 as Summand>::add(isa, &mut sum, Span::of(self.0).load(isa, j));
+        }
+        <f64 as Summand>::total(sum)
+    }
+}
+
+/// From a tile of exponentials or logits to results.
+struct Emit<'s, T> {
     scale: f64,
-    x: Columns<E>,
-    dense: Dense<T>,
-    e: ColumnsMut<T>,
-    tile: &mut Tile,
-    store: bool,
-) {
-    match (dense.is_some(), store) {
-        (false, false) => columns::reduce::<S, E, T, false, false>(isa, scale, x, dense, e, tile),
-        (false, true) => columns::reduce::<S, E, T, false, true>(isa, scale, x, dense, e, tile),
-        (true, false) => columns::reduce::<S, E, T, true, false>(isa, scale, x, dense, e, tile),
-        (true, true) => columns::reduce::<S, E, T, true, true>(isa, scale, x, dense, e, tile),
+    x: ColumnsMut<'s, T>,
+    width: usize,
+    dense: Dense<'s, T>,
+    tile: &'s Tile,
+    log: bool,
+    stored: bool,
+}
+
+impl<T: Work> Kernel for Emit<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        let width = self.width.next_multiple_of(Vf::<S, T>::LANES);
+        if self.log {
+            columns::emit_log(isa, self.scale, self.x, width, self.tile);
+        } else if self.stored {
+            columns::emit_stored(isa, self.x, width, self.dense, self.tile);
+        } else {
+            columns::emit_exp(isa, self.scale, self.x, width, self.dense, self.tile);
+        }
+    }
+}
+
+/// `T_c = keep_c·P + spread_c` in place.
+struct Mass<'s, T> {
+    p: ColumnsMut<'s, T>,
+    width: usize,
+    keep: &'s [T],
+    spread: &'s [T],
+}
+
+impl<T: Work> Kernel for Mass<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        for c in 0..self.keep.len() {
+            let (keep, spread) = (Vf::<S, T>::splat(isa, self.keep[c]), Vf::<S, T>::splat(isa, self.spread[c]));
+            for j in (0..self.width).step_by(Vf::<S, T>::LANES) {
+                self.p.store_whole(isa, c, j, self.p.read().load_whole(isa, c, j).mul_add(keep, spread));
+            }
+        }
+    }
+}
+
+/// The operands of a strip, block by block.
+struct Operands<'s, 'j, 'a, E, T> {
+    strip: &'s Strip<'j, 'a>,
+    stride: usize,
+    scaled: bool,
+    keep: &'s [T],
+    spread: &'s [T],
+    offsets: &'s mut Vec<isize>,
+    flat: &'s mut Vec<T>,
+    element: core::marker::PhantomData<E>,
+}
+
+impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
+    fn x(&mut self, strip: &Strip, x: &mut [T], classes: (usize, usize)) {
+        let job = strip.job;
+        strip.fill::<E, T>(job.x, X, job.tile_read, classes, (x, self.stride), self.offsets, self.flat);
+    }
+
+    /// The dense stream that each row has of its own.
+    fn dense(&mut self, strip: &Strip, dense: &mut [T], classes: (usize, usize)) {
+        let (job, stride, (first, count)) = (strip.job, self.stride, classes);
+        match job.probs {
+            Some(probs) if job.bend.mask.is_none() => {
+                let path = if probs.dtype() == T::DTYPE { job.tile_probs } else { Path::Gathered };
+                strip.fill::<T, T>(probs, PROBS, path, classes, (dense, stride), self.offsets, self.flat);
+                if self.scaled {
+                    let (keep, spread) = (&self.keep[first..first + count], &self.spread[first..first + count]);
+                    job.level.run(Mass { p: ColumnsMut::of(dense, stride, count, stride), width: strip.kept.len(), keep, spread });
+                }
+            }
+            _ => {
+                for (slot, &row) in strip.kept.iter().enumerate() {
+                    dense_row(job, row, first, &mut dense[slot..], count, stride);
+                }
+            }
+        }
+    }
+}
+
+impl<E: Element<Acc = T>, T: Work> Blocks<T> for Operands<'_, '_, '_, E, T> {
+    fn fill(&mut self, x: &mut [T], dense: &mut [T], first: usize, count: usize, from: usize, width: usize) {
+        let kept = self.strip.kept;
+        let strip = Strip::new(self.strip.job, &kept[from..kept.len().min(from + width)]);
+        self.x(&strip, x, (first, count));
+        if strip.job.own_dense() {
+            self.dense(&strip, dense, (first, count));
+        }
+    }
+}
+
+/// Rows `first..last`, in strips; the sum of their losses.
+pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch) -> Pair {
+    let mut sum = Pair::default();
+    let mut kept = [0; WIDTH];
+    // Whole vectors of any level.
+    let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, WIDTH);
+    let width = if job.classes.size > BLOCK { WIDTH } else { width };
+    let mut row = first;
+    while row < last {
+        let (start, mut n) = (row, 0);
+        if job.tile_read == Path::Columns {
+            // Vectors of adjacent rows carry ignored ones along.
+            let inner = job.rows.inner_len();
+            let run = width.min(last - row).min(inner - row % inner);
+            (kept[..run]).iter_mut().zip(row..).for_each(|(kept, row)| *kept = row);
+            row += run;
+            n = if (start..row).any(|row| job.kept(row)) { run } else { 0 };
+        } else {
+            while row < last && n < width {
+                kept[n] = row;
+                n += usize::from(job.kept(row));
+                row += 1;
+            }
+        }
+        if n > 0 {
+            sum.merge(strip::<E, T>(&Strip::new(job, &kept[..n]), width, scratch));
+        }
+        ignored(job, start, row, &kept[..n]);
+    }
+    sum
+}
+
+/// Zero results and gradients of the rows that were left out.
+fn ignored(job: &Job, start: usize, end: usize, kept: &[usize]) {
+    let mut at = 0;
+    for row in start..end {
+        if kept.get(at) == Some(&row) {
+            at += 1;
+            continue;
+        }
+        if let Some(result) = job.result {
+            result.set(job.rows.offset(RESULT, row), 0.0);
+        }
+        if let Some(out) = job.out {
+            let base = job.rows.offset(OUT, row);
+            job.classes.runs(OUT, 0, job.classes.size, |offset, stride, _, n| out.zero(base + offset, stride, n));
+        }
+    }
+}
+
+/// One strip: fills, reduces, finishes, emits. The sum of its losses.
+fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch) -> Pair {
+    let Strip { job, kept, .. } = *strip;
+    let (classes, n) = (job.classes.size, kept.len());
+    let few = classes <= BLOCK;
+    let mut offsets = core::mem::take(&mut scratch.offsets);
+    let (tile, buffers, _) = T::buffers(scratch);
+    let Buffers { x, dense, shared, block: flat } = buffers;
+    shared_stream(job, shared);
+    let own = job.own_dense();
+    // Scales and offsets of the probabilities, if they are not the target mass themselves.
+    let scaled = own && job.probs.is_some() && !(job.keep == 1.0 && job.spread == 0.0 && job.weight.is_empty());
+    if scaled {
+        let (keep, spread) = room(shared, 2 * classes).split_at_mut(classes);
+        for c in 0..classes {
+            let w = job.weight.get(c).copied().unwrap_or(1.0);
+            (keep[c], spread[c]) = (T::from_f64(w * job.keep), T::from_f64(w * job.spread));
+        }
+    }
+    let shared = &shared[..];
+    let (keep, spread) = if scaled { shared[..2 * classes].split_at(classes) } else { (shared, shared) };
+    let depth = classes.clamp(1, BLOCK);
+    let stride = width;
+    let x = room(x, depth * stride);
+    let dense = room(dense, if own { depth * stride } else { 0 });
+    let mut operands =
+        Operands::<E, T> { strip, stride, scaled, keep, spread, offsets: &mut offsets, flat, element: core::marker::PhantomData };
+    prepare(strip, tile);
+    if few {
+        operands.x(strip, x, (0, classes));
+        if own {
+            operands.dense(strip, dense, (0, classes));
+        }
+    }
+    targets(strip, |slot, j, class| {
+        let logit = if few {
+            x[class * stride + slot].to_f64()
+        } else {
+            job.x.get::<f64>(job.rows.offset(X, kept[slot]) + job.classes.offset(X, class))
+        };
+        tile.x_target[j * WIDTH + slot] = logit;
+    });
+    // With few classes the exponentials stay in the tile; with many they are computed again, block by block.
+    let stored = few && job.out.is_some() && job.kind != Kind::LogSoftmax;
+    let terms = Terms { stored, ..job.terms };
+    let (scale, linear) = (terms.scale, (job.kind == Kind::Loss && terms.dense, own));
+    let blocks = &mut operands;
+    job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks }, tile));
+    if stored {
+        targets(strip, |slot, j, class| tile.e_target[j * WIDTH + slot] = x[class * stride + slot].to_f64());
+    }
+    job.level.run(Finish { terms: &terms, tile, rows: n, single: T::DTYPE == DType::F32 });
+    // Only adjacent rows are in a strip without being kept.
+    let left_out = job.kind == Kind::Loss && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row));
+    if left_out || classes == 0 && job.kind == Kind::Loss {
+        // The sum over no classes is 0, and what is left out counts nothing.
+        (0..n).filter(|&slot| classes == 0 || !job.kept(kept[slot])).for_each(|slot| tile.loss[slot] = 0.0);
+    }
+    if let Some(result) = job.result {
+        let values = if job.kind == Kind::Loss { &tile.loss } else { &tile.lse };
+        strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &values[slot..], 1));
+    }
+    if let Some(out) = job.out {
+        unbend_patches(job, kept, tile);
+        // Half a block at a time where it is read again: the tile is as large as L1.
+        let depth = if few { depth } else { depth / 2 };
+        for first in (0..classes).step_by(depth) {
+            let count = depth.min(classes - first);
+            if !few {
+                operands.x(strip, x, (first, count));
+                if own {
+                    operands.dense(strip, dense, (first, count));
+                }
+            }
+            let stream = match linear {
+                (false, _) => Dense::None,
+                (true, false) => Dense::Shared(Span::of(&shared[first..first + count])),
+                (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
+            };
+            let log = job.kind == Kind::LogSoftmax;
+            job.level.run(Emit { scale, x: ColumnsMut::of(x, stride, count, stride), width: n, dense: stream, tile, log, stored });
+            if job.bend.is_some() {
+                (0..n).for_each(|slot| unbend(job, kept[slot], first, &mut x[slot..], count, stride));
+            }
+            if job.kind == Kind::Loss {
+                patch(strip, tile, &mut x[..], stride, (first, count));
+            }
+            if left_out {
+                for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
+                    (0..count).for_each(|c| x[c * stride + slot] = T::ZERO);
+                }
+            }
+            strip.empty::<E, T>(out, (first, count), (x, stride), operands.offsets, operands.flat);
+        }
+    }
+    let sum = if job.kind == Kind::Loss { job.level.run(Sum(&mut tile.loss, n)) } else { Pair::default() };
+    scratch.offsets = offsets;
+    sum
+}
+
+/// Calls `with(slot, entry, class)` for every sparse target of a strip.
+#[inline(always)]
+fn targets(strip: &Strip, mut with: impl FnMut(usize, usize, usize)) {
+    let Some(labels) = &strip.job.labels else { return };
+    for (slot, &row) in strip.kept.iter().enumerate() {
+        for (j, &class) in labels.class[row * labels.entries..][..labels.entries].iter().enumerate() {
+            if class != NONE {
+                with(slot, j, class as usize);
+            }
+        }
+    }
+}
+
+/// The exact values at a lone maximum and at the sparse targets.
+fn patch<T: Work>(strip: &Strip, tile: &Tile, x: &mut [T], stride: usize, (first, count): (usize, usize)) {
+    if strip.job.terms.dense {
+        for slot in (0..strip.kept.len()).filter(|&slot| tile.ties[slot] == 1.0) {
+            let class = (tile.arg[slot] as usize).wrapping_sub(first);
+            if class < count {
+                x[class * stride + slot] = T::from_f64(tile.top[slot]);
+            }
+        }
+    }
+    targets(strip, |slot, j, class| {
+        let class = class.wrapping_sub(first);
+        if class < count {
+            x[class * stride + slot] = T::from_f64(tile.patch[j * WIDTH + slot]);
+        }
+    });
+}
+
+/// Fills the inputs of `finish` that do not depend on the logits.
+fn prepare(strip: &Strip, tile: &mut Tile) {
+    let Strip { job, kept, .. } = *strip;
+    let (n, entries) = (kept.len(), job.terms.entries);
+    tile.reserve(entries);
+    if job.kind != Kind::Loss {
+        return;
+    }
+    tile.weight[..n].fill(1.0);
+    tile.g[..n].fill(job.g);
+    if job.weights.sampled() {
+        for (slot, &row) in kept.iter().enumerate() {
+            tile.weight[slot] = job.weights.sample_weight(row);
+            tile.g[slot] *= tile.weight[slot];
+        }
+    }
+    if let Some(upstream) = job.upstream {
+        let mut values = [0.0; WIDTH];
+        strip.runs(UPSTREAM, |offset, stride, slot, n| upstream.read(offset, stride, n, &mut values[slot..], 1));
+        tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
+    }
+    let Some(labels) = &job.labels else { return };
+    if entries == 1 && labels.share.is_empty() && job.weight.is_empty() && job.bend.mask.is_none() {
+        tile.mass[..n].fill(job.keep);
+        tile.mass_all[..n].fill(job.keep + job.spread);
+        tile.x_target[..n].fill(0.0);
+        return;
+    }
+    for (slot, &row) in kept.iter().enumerate() {
+        for j in 0..entries {
+            tile.mass[j * WIDTH + slot] = 0.0;
+            tile.mass_all[j * WIDTH + slot] = 0.0;
+            tile.x_target[j * WIDTH + slot] = 0.0;
+        }
+        let spread = row_spread(job, row);
+        for (j, class, share) in labels.row(row) {
+            let w = job.weight.get(class).copied().unwrap_or(1.0);
+            let mass = share * job.keep * w;
+            let mut all = mass;
+            if entries > 1 {
+                all = labels.row(row).filter(|&(_, other, _)| other == class).map(|(_, _, share)| share * job.keep * w).sum();
+            }
+            tile.mass[j * WIDTH + slot] = mass;
+            tile.mass_all[j * WIDTH + slot] = all + spread * w;
+        }
     }
 }

@@ -1,12 +1,10 @@
 //! The operations: what each function of the public API is to the core.
 
 use crate::array::{Array, Out};
-use crate::kernels::columns;
 use crate::kernels::finish::Terms;
 
 use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
 use super::job::{Job, Kind};
-use super::plan::Path;
 use super::source::Bend;
 use super::targets::{Labels, RowWeights, read_all};
 
@@ -61,12 +59,10 @@ pub fn cross_entropy(
         z_loss: options.z_loss,
         entries: labels.as_ref().map_or(0, |labels| labels.entries),
         dense: probs.is_some() || e > 0.0,
+        gradient: grad.is_some(),
+        stored: false,
         loss: true,
     };
-    if job.probs.is_some() && (e > 0.0 || !job.weight.is_empty()) && job.classes.size > columns::BLOCK {
-        // Probabilities that are not the target mass themselves cannot be read in place.
-        job.read = Path::Gathered;
-    }
     job.labels = labels;
     let sum = job.run(exec)?;
     Ok(match options.reduction {

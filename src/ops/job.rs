@@ -10,9 +10,9 @@ use crate::simd::{Isa, Kernel, Level};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::by_columns::work_columns;
+use super::by_columns;
 use super::by_rows::work_rows;
-use super::plan::{Axes, Path, path, with_axes};
+use super::plan::{Axes, Path, path, tile_path, with_axes};
 use super::scratch::{SCRATCH, Scratch, Work};
 use super::source::{Bend, gather_logits, row_spread};
 use super::targets::{Labels, RowWeights, row_shape};
@@ -50,8 +50,15 @@ pub(super) struct Job<'a> {
     pub(super) level: Level,
     pub(super) classes: Axes,
     pub(super) rows: Axes,
+    /// Whether vectors run along the classes: [`super::by_rows`], or [`super::by_columns`].
+    pub(super) by_rows: bool,
+    /// How rows are read and written along the classes.
     pub(super) read: Path,
     pub(super) write: Path,
+    /// How tiles are filled and emptied.
+    pub(super) tile_read: Path,
+    pub(super) tile_write: Path,
+    pub(super) tile_probs: Path,
     pub(super) labels: Option<Labels>,
     pub(super) weights: RowWeights,
     pub(super) bend: Bend<'a>,
@@ -69,6 +76,12 @@ pub(super) struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
+    /// Whether a row counts.
+    #[inline(always)]
+    pub(super) fn kept(&self, row: usize) -> bool {
+        self.weights.kept(self.labels.as_ref(), row)
+    }
+
     /// Whether every row has a dense stream of its own.
     pub(super) fn own_dense(&self) -> bool {
         self.terms.dense && (self.probs.is_some() || self.bend.mask.is_some())
@@ -124,33 +137,23 @@ impl<'a> Job<'a> {
         present.push(&mask_strides);
         let classes = Axes::new(shape, &present_classes(&present, bend.mask.is_some()), axes.iter().copied());
         let rows = Axes::new(shape, &present, (0..ndim).filter(|axis| !axes.contains(axis)));
+        // Only the logits decide on the arithmetic of a row, and neither the number of rows nor where they lie: a class axis that is a line of
+        // adjacent elements, or no line at all, is read along the classes, unless they are few.
+        let own = Axes::new(shape, &[strides], axes.iter().copied());
+        let size = x.dtype().size() as isize;
+        let by_rows = own.size > columns::BLOCK && (bend.is_some() || !own.is_line() || own.inner_stride(0).abs() == size);
         let mut read = path(x, X, &classes, &rows);
         let mut write = out.map_or(read, |out| path(out.array(), OUT, &classes, &rows));
-        if read == Path::Columns && classes.size > columns::BLOCK {
-            // The tile of probabilities must be readable in place, as it would not fit a bounded block.
-            if let Some(probs) = probs
-                && (probs.dtype() != x.dtype().row_dtype() || path(probs, PROBS, &classes, &rows) != Path::Columns)
-            {
-                read = Path::Gathered;
-            }
-        }
-        // A class axis of length 1 is adjacent and strided at once; with few classes only columns matter.
-        let columns_of =
-            |array: &Array, operand| array.is_plain() && classes.is_line() && rows.inner_stride(operand) == array.dtype().size() as isize;
-        if classes.size <= columns::BLOCK {
-            if columns_of(x, X) && (classes.size == 1 || read != Path::Rows) {
-                read = Path::Columns;
-            }
-            if out.is_some_and(|out| columns_of(out.array(), OUT)) {
-                write = Path::Columns;
-            }
-        }
-        if bend.is_some() {
+        if bend.is_some() || read == Path::Columns {
             (read, write) = (Path::Gathered, Path::Gathered);
         }
+        let tile_path = |array: &Array, operand| if bend.is_some() { Path::Gathered } else { tile_path(array, operand, &classes, &rows) };
+        let tile_read = tile_path(x, X);
+        let tile_write = out.map_or(tile_read, |out| tile_path(out.array(), OUT));
+        let tile_probs = probs.map_or(tile_read, |probs| tile_path(probs, PROBS));
         let per_row = TASK / classes.size.max(1);
         let rows_per_task = if per_row >= WIDTH { per_row / WIDTH * WIDTH } else { per_row.max(1) };
-        let rows_per_task = if read == Path::Columns { rows_per_task.max(WIDTH) } else { rows_per_task };
+        let rows_per_task = if by_rows { rows_per_task } else { rows_per_task.max(WIDTH) };
         Ok(Self {
             kind,
             x,
@@ -162,15 +165,27 @@ impl<'a> Job<'a> {
             bend,
             classes,
             rows,
+            by_rows,
             read,
             write,
+            tile_read,
+            tile_write,
+            tile_probs,
             labels: None,
             weights: RowWeights::default(),
             weight: Vec::new(),
             keep: 1.0,
             spread: 0.0,
             g: 1.0,
-            terms: Terms { scale: 1.0, z_loss: 0.0, entries: 0, dense: false, loss: kind == Kind::Loss },
+            terms: Terms {
+                scale: 1.0,
+                z_loss: 0.0,
+                entries: 0,
+                dense: false,
+                gradient: out.is_some(),
+                stored: false,
+                loss: kind == Kind::Loss,
+            },
             rows_per_task,
         })
     }
@@ -183,7 +198,11 @@ impl<'a> Job<'a> {
             let last = self.rows.size.min(first + self.rows_per_task);
             let mut scratch = SCRATCH.take().unwrap_or_default();
             let sum = with_element!(self.x.dtype(), E => {
-                exec.level.run(Chunk::<E> { job: self, first, last, scratch: &mut scratch, element: core::marker::PhantomData })
+                if self.by_rows {
+                    exec.level.run(Chunk::<E> { job: self, first, last, scratch: &mut scratch, element: core::marker::PhantomData })
+                } else {
+                    by_columns::run::<E, _>(self, first, last, &mut scratch)
+                }
             });
             SCRATCH.set(Some(scratch));
             Ok(sum)
@@ -240,39 +259,22 @@ where
         let Chunk { job, first, last, scratch, .. } = self;
         let mut sum = Pair::default();
         let mut kept = [0; WIDTH];
-        let by_rows = job.classes.size > columns::BLOCK && job.read != Path::Columns;
         // Rows that are finished together stay in the cache until they are written.
-        let group = if by_rows { (TASK / 2 / job.classes.size).clamp(1, 16) } else { WIDTH };
+        let group = (TASK / 2 / job.classes.size).clamp(1, 16);
         let mut row = first;
         while row < last {
             let mut n = 0;
             let start = row;
-            if !by_rows && job.read == Path::Columns {
-                let inner = job.rows.inner_len();
-                let run = group.min(last - row).min(inner - row % inner);
-                let mut any = false;
-                for r in row..row + run {
-                    kept[r - row] = r;
-                    any |= job.weights.kept(job.labels.as_ref(), r);
+            while row < last && n < group {
+                if job.kept(row) {
+                    kept[n] = row;
+                    n += 1;
                 }
-                row += run;
-                n = if any { run } else { 0 };
-            } else {
-                while row < last && n < group {
-                    if job.weights.kept(job.labels.as_ref(), row) {
-                        kept[n] = row;
-                        n += 1;
-                    }
-                    row += 1;
-                }
+                row += 1;
             }
             let kept = &kept[..n];
             if n > 0 {
-                if by_rows {
-                    work_rows::<S, E, E::Acc>(isa, job, kept, scratch);
-                } else {
-                    work_columns::<S, E, E::Acc>(isa, job, kept, scratch);
-                }
+                work_rows::<S, E, E::Acc>(isa, job, kept, scratch);
             }
             settle(job, start, row, kept, &scratch.tile, &mut sum);
         }

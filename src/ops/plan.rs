@@ -115,3 +115,18 @@ pub fn path(array: &Array, operand: usize, classes: &Axes, rows: &Axes) -> Path 
         Path::Gathered
     }
 }
+
+/// The same for tiles, into which classes may also be read backwards. A class axis of length 1 is adjacent and strided at once.
+pub fn tile_path(array: &Array, operand: usize, classes: &Axes, rows: &Axes) -> Path {
+    let size = array.dtype().size() as isize;
+    let adjacent = rows.inner_stride(operand) == size;
+    if !array.is_plain() || !classes.is_line() {
+        Path::Gathered
+    } else if adjacent && (classes.size <= 1 || classes.inner_stride(operand).abs() != size) {
+        Path::Columns
+    } else if classes.size <= 1 || classes.inner_stride(operand).abs() == size {
+        Path::Rows
+    } else {
+        Path::Gathered
+    }
+}

@@ -13,6 +13,8 @@ pub(super) struct Scratch {
     pub(super) single: Buffers<f32>,
     pub(super) double: Buffers<f64>,
     pub(super) references: Vec<Reference>,
+    /// Where the rows of a tile begin.
+    pub(super) offsets: Vec<isize>,
 }
 
 #[derive(Default)]

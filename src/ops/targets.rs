@@ -39,28 +39,15 @@ fn classes(
     first: usize,
 ) -> Result<(), Error> {
     let axes = Axes::new(array.shape(), &[array.strides()], 0..array.shape().len());
-    let ignore = ignore.map(i128::from);
-    let mut buffer = [0_i128; 256];
     let mut failure = None;
-    let limit = classes as i128;
     axes.runs(0, 0, axes.size, |offset, stride, start, n| {
-        let mut done = 0;
-        while done < n && failure.is_none() {
-            let count = buffer.len().min(n - done);
-            array.read(offset + done as isize * stride, stride, count, &mut buffer, 1);
-            for (i, &value) in buffer[..count].iter().enumerate() {
-                let position = start + done + i;
-                let class = if Some(value) == ignore {
-                    NONE
-                } else if (0..limit).contains(&value) {
-                    value as i64
-                } else {
-                    failure = Some(Error::TargetOutOfBounds { argument, position, value });
-                    break;
-                };
-                out[position * step + first] = class;
-            }
-            done += count;
+        if failure.is_some() || n == 0 {
+            return;
+        }
+        let dst = &mut out[start * step + first..];
+        if let Some(i) = array.read_classes(offset, stride, n, classes, ignore, NONE, dst, step) {
+            let value = array.get(offset + i as isize * stride);
+            failure = Some(Error::TargetOutOfBounds { argument, position: start + i, value });
         }
     });
     failure.map_or(Ok(()), Err)
@@ -130,6 +117,14 @@ impl RowWeights {
         if weight.is_empty() && this.sample.is_empty() && (labels.is_none() || sparse) {
             this.divisor = rows as f64;
             this.any = rows > 0;
+        } else if let Some(labels) = labels
+            && weight.is_empty()
+            && this.sample.is_empty()
+            && labels.entries == 1
+        {
+            let kept = labels.class.iter().filter(|&&class| class != NONE).count();
+            this.divisor = kept as f64;
+            this.any = kept > 0;
         } else {
             let (mut sum, mut any) = (Pair::default(), false);
             for row in (0..rows).filter(|&row| this.kept(labels, row)) {
@@ -149,6 +144,11 @@ impl RowWeights {
             this.divisor = normalizer;
         }
         Ok(this)
+    }
+
+    /// Whether there are sample weights.
+    pub fn sampled(&self) -> bool {
+        !self.sample.is_empty()
     }
 
     /// The sample weight of a row.

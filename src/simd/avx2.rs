@@ -3,7 +3,7 @@
 #[allow(clippy::wildcard_imports)] // a hundred intrinsics, whose names cannot be mistaken
 use core::arch::x86_64::*;
 
-use super::{Isa, Kernel, Level, Mask, Vector};
+use super::{Isa, Kernel, Level, Mask, Vector, row, row_mut};
 
 /// Proof that this machine has the level.
 #[derive(Clone, Copy, Debug)]
@@ -146,6 +146,22 @@ fn first_64(_isa: Avx2, n: usize) -> __m256i {
     unsafe { _mm256_cmpgt_epi64(_mm256_set1_epi64x(n as i64), _mm256_setr_epi64x(0, 1, 2, 3)) }
 }
 
+/// Transposes the 4 x 4 elements of every 128-bit lane.
+#[inline(always)]
+fn transpose(v: [F32x8; 4]) -> [F32x8; 4] {
+    // SAFETY: vectors imply the token, which proves AVX.
+    unsafe {
+        let (a, b) = (_mm256_castps_pd(_mm256_unpacklo_ps(v[0].0, v[1].0)), _mm256_castps_pd(_mm256_unpackhi_ps(v[0].0, v[1].0)));
+        let (c, d) = (_mm256_castps_pd(_mm256_unpacklo_ps(v[2].0, v[3].0)), _mm256_castps_pd(_mm256_unpackhi_ps(v[2].0, v[3].0)));
+        [
+            F32x8(_mm256_castpd_ps(_mm256_unpacklo_pd(a, c))),
+            F32x8(_mm256_castpd_ps(_mm256_unpackhi_pd(a, c))),
+            F32x8(_mm256_castpd_ps(_mm256_unpacklo_pd(b, d))),
+            F32x8(_mm256_castpd_ps(_mm256_unpackhi_pd(b, d))),
+        ]
+    }
+}
+
 operators!(F32x8, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_div_ps, -self = _mm256_xor_ps(self.0, _mm256_set1_ps(-0.0)));
 operators!(F64x4, _mm256_add_pd, _mm256_sub_pd, _mm256_mul_pd, _mm256_div_pd, -self = _mm256_xor_pd(self.0, _mm256_set1_pd(-0.0)));
 
@@ -187,6 +203,48 @@ impl Vector for F32x8 {
     unsafe fn stream(self, dst: *mut f32) {
         // SAFETY: a vector implies the token, which proves AVX; the caller promises the memory and its alignment.
         unsafe { _mm256_stream_ps(dst, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load4(_isa: Avx2, base: *const u8, offsets: *const isize) -> [Self; 4] {
+        // SAFETY: the token proves AVX; the caller promises the offsets and four elements at each.
+        unsafe {
+            let mut v = [Self(_mm256_setzero_ps()); 4];
+            for (i, v) in v.iter_mut().enumerate() {
+                v.0 = _mm256_castps128_ps256(_mm_loadu_ps(row(base, offsets, i)));
+                v.0 = _mm256_insertf128_ps::<1>(v.0, _mm_loadu_ps(row(base, offsets, i + 4)));
+            }
+            transpose(v)
+        }
+    }
+    #[inline(always)]
+    unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize) {
+        // SAFETY: a vector implies the token, which proves AVX; the caller promises the offsets and four elements at each.
+        unsafe {
+            for (i, v) in transpose(v).iter().enumerate() {
+                _mm_storeu_ps(row_mut(base, offsets, i), _mm256_castps256_ps128(v.0));
+                _mm_storeu_ps(row_mut(base, offsets, i + 4), _mm256_extractf128_ps::<1>(v.0));
+            }
+        }
+    }
+    #[inline(always)]
+    fn deinterleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX2.
+        unsafe {
+            // Each half has two of either vector; the middle quarters change places.
+            let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(self.0, rhs.0));
+            let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(self.0, rhs.0));
+            let (even, odd) = (_mm256_permute4x64_pd::<0b11_01_10_00>(even), _mm256_permute4x64_pd::<0b11_01_10_00>(odd));
+            (Self(_mm256_castpd_ps(even)), Self(_mm256_castpd_ps(odd)))
+        }
+    }
+    #[inline(always)]
+    fn interleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX.
+        unsafe {
+            let (a, b) = (_mm256_unpacklo_ps(self.0, rhs.0), _mm256_unpackhi_ps(self.0, rhs.0));
+            (Self(_mm256_permute2f128_ps::<0x20>(a, b)), Self(_mm256_permute2f128_ps::<0x31>(a, b)))
+        }
     }
 
     intrinsics! {
@@ -316,6 +374,51 @@ impl Vector for F64x4 {
     unsafe fn stream(self, dst: *mut f64) {
         // SAFETY: a vector implies the token, which proves AVX; the caller promises the memory and its alignment.
         unsafe { _mm256_stream_pd(dst, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load4(_isa: Avx2, base: *const u8, offsets: *const isize) -> [Self; 4] {
+        // SAFETY: the token proves AVX; the caller promises the offsets and four elements at each.
+        unsafe {
+            // Even and odd rows, two classes at a time.
+            let mut v = [_mm256_setzero_pd(); 4];
+            for (i, v) in v.iter_mut().enumerate() {
+                let (i, c) = (i & 1, i & 2);
+                *v = _mm256_castpd128_pd256(_mm_loadu_pd(row::<f64>(base, offsets, i).add(c)));
+                *v = _mm256_insertf128_pd::<1>(*v, _mm_loadu_pd(row::<f64>(base, offsets, i + 2).add(c)));
+            }
+            let (low, high) = (_mm256_unpacklo_pd(v[0], v[1]), _mm256_unpackhi_pd(v[0], v[1]));
+            [Self(low), Self(high), Self(_mm256_unpacklo_pd(v[2], v[3])), Self(_mm256_unpackhi_pd(v[2], v[3]))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize) {
+        // SAFETY: a vector implies the token, which proves AVX; the caller promises the offsets and four elements at each.
+        unsafe {
+            for c in [0, 2] {
+                let (even, odd) = (_mm256_unpacklo_pd(v[c].0, v[c + 1].0), _mm256_unpackhi_pd(v[c].0, v[c + 1].0));
+                for (i, v) in [(0, even), (1, odd)] {
+                    _mm_storeu_pd(row_mut::<f64>(base, offsets, i).add(c), _mm256_castpd256_pd128(v));
+                    _mm_storeu_pd(row_mut::<f64>(base, offsets, i + 2).add(c), _mm256_extractf128_pd::<1>(v));
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn deinterleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX2.
+        unsafe {
+            let (even, odd) = (_mm256_unpacklo_pd(self.0, rhs.0), _mm256_unpackhi_pd(self.0, rhs.0));
+            (Self(_mm256_permute4x64_pd::<0b11_01_10_00>(even)), Self(_mm256_permute4x64_pd::<0b11_01_10_00>(odd)))
+        }
+    }
+    #[inline(always)]
+    fn interleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX.
+        unsafe {
+            let (a, b) = (_mm256_unpacklo_pd(self.0, rhs.0), _mm256_unpackhi_pd(self.0, rhs.0));
+            (Self(_mm256_permute2f128_pd::<0x20>(a, b)), Self(_mm256_permute2f128_pd::<0x31>(a, b)))
+        }
     }
 
     intrinsics! {

@@ -4,7 +4,7 @@
 use core::arch::x86_64::*;
 
 use super::avx2::{F32x8, F64x4};
-use super::{Isa, Kernel, Level, Mask, Vector};
+use super::{Isa, Kernel, Level, Mask, Vector, row, row_mut};
 
 /// Proof that this machine has the level.
 #[derive(Clone, Copy, Debug)]
@@ -144,6 +144,22 @@ fn first(n: usize) -> u32 {
     (1 << n) - 1
 }
 
+/// Transposes the 4 x 4 elements of every 128-bit lane.
+#[inline(always)]
+fn transpose(v: [F32x16; 4]) -> [F32x16; 4] {
+    // SAFETY: vectors imply the token, which proves AVX-512 F.
+    unsafe {
+        let (a, b) = (_mm512_castps_pd(_mm512_unpacklo_ps(v[0].0, v[1].0)), _mm512_castps_pd(_mm512_unpackhi_ps(v[0].0, v[1].0)));
+        let (c, d) = (_mm512_castps_pd(_mm512_unpacklo_ps(v[2].0, v[3].0)), _mm512_castps_pd(_mm512_unpackhi_ps(v[2].0, v[3].0)));
+        [
+            F32x16(_mm512_castpd_ps(_mm512_unpacklo_pd(a, c))),
+            F32x16(_mm512_castpd_ps(_mm512_unpackhi_pd(a, c))),
+            F32x16(_mm512_castpd_ps(_mm512_unpacklo_pd(b, d))),
+            F32x16(_mm512_castpd_ps(_mm512_unpackhi_pd(b, d))),
+        ]
+    }
+}
+
 operators!(F32x16, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_div_ps, -self = _mm512_xor_ps(self.0, _mm512_set1_ps(-0.0)));
 operators!(F64x8, _mm512_add_pd, _mm512_sub_pd, _mm512_mul_pd, _mm512_div_pd, -self = _mm512_xor_pd(self.0, _mm512_set1_pd(-0.0)));
 
@@ -184,6 +200,51 @@ impl Vector for F32x16 {
     unsafe fn stream(self, dst: *mut f32) {
         // SAFETY: a vector implies the token, which proves AVX-512 F; the caller promises the memory and its alignment.
         unsafe { _mm512_stream_ps(dst, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load4(_isa: Avx512, base: *const u8, offsets: *const isize) -> [Self; 4] {
+        // SAFETY: the token proves AVX-512 F; the caller promises the offsets and four elements at each.
+        unsafe {
+            let mut v = [Self(_mm512_setzero_ps()); 4];
+            for (i, v) in v.iter_mut().enumerate() {
+                v.0 = _mm512_castps128_ps512(_mm_loadu_ps(row(base, offsets, i)));
+                v.0 = _mm512_insertf32x4::<1>(v.0, _mm_loadu_ps(row(base, offsets, i + 4)));
+                v.0 = _mm512_insertf32x4::<2>(v.0, _mm_loadu_ps(row(base, offsets, i + 8)));
+                v.0 = _mm512_insertf32x4::<3>(v.0, _mm_loadu_ps(row(base, offsets, i + 12)));
+            }
+            transpose(v)
+        }
+    }
+    #[inline(always)]
+    unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F; the caller promises the offsets and four elements at each.
+        unsafe {
+            for (i, v) in transpose(v).iter().enumerate() {
+                _mm_storeu_ps(row_mut(base, offsets, i), _mm512_castps512_ps128(v.0));
+                _mm_storeu_ps(row_mut(base, offsets, i + 4), _mm512_extractf32x4_ps::<1>(v.0));
+                _mm_storeu_ps(row_mut(base, offsets, i + 8), _mm512_extractf32x4_ps::<2>(v.0));
+                _mm_storeu_ps(row_mut(base, offsets, i + 12), _mm512_extractf32x4_ps::<3>(v.0));
+            }
+        }
+    }
+    #[inline(always)]
+    fn deinterleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            (Self(_mm512_permutex2var_ps(self.0, even, rhs.0)), Self(_mm512_permutex2var_ps(self.0, odd, rhs.0)))
+        }
+    }
+    #[inline(always)]
+    fn interleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            (Self(_mm512_permutex2var_ps(self.0, low, rhs.0)), Self(_mm512_permutex2var_ps(self.0, high, rhs.0)))
+        }
     }
 
     intrinsics! {
@@ -306,6 +367,57 @@ impl Vector for F64x8 {
     unsafe fn stream(self, dst: *mut f64) {
         // SAFETY: a vector implies the token, which proves AVX-512 F; the caller promises the memory and its alignment.
         unsafe { _mm512_stream_pd(dst, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load4(_isa: Avx512, base: *const u8, offsets: *const isize) -> [Self; 4] {
+        // SAFETY: the token proves AVX-512 F and DQ; the caller promises the offsets and four elements at each.
+        unsafe {
+            // Even and odd rows, two classes at a time.
+            let mut v = [_mm512_setzero_pd(); 4];
+            for (i, v) in v.iter_mut().enumerate() {
+                let (i, c) = (i & 1, i & 2);
+                *v = _mm512_castpd128_pd512(_mm_loadu_pd(row::<f64>(base, offsets, i).add(c)));
+                *v = _mm512_insertf64x2::<1>(*v, _mm_loadu_pd(row::<f64>(base, offsets, i + 2).add(c)));
+                *v = _mm512_insertf64x2::<2>(*v, _mm_loadu_pd(row::<f64>(base, offsets, i + 4).add(c)));
+                *v = _mm512_insertf64x2::<3>(*v, _mm_loadu_pd(row::<f64>(base, offsets, i + 6).add(c)));
+            }
+            let (low, high) = (_mm512_unpacklo_pd(v[0], v[1]), _mm512_unpackhi_pd(v[0], v[1]));
+            [Self(low), Self(high), Self(_mm512_unpacklo_pd(v[2], v[3])), Self(_mm512_unpackhi_pd(v[2], v[3]))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F and DQ; the caller promises the offsets and four elements at each.
+        unsafe {
+            for c in [0, 2] {
+                let (even, odd) = (_mm512_unpacklo_pd(v[c].0, v[c + 1].0), _mm512_unpackhi_pd(v[c].0, v[c + 1].0));
+                for (i, v) in [(0, even), (1, odd)] {
+                    _mm_storeu_pd(row_mut::<f64>(base, offsets, i).add(c), _mm512_castpd512_pd128(v));
+                    _mm_storeu_pd(row_mut::<f64>(base, offsets, i + 2).add(c), _mm512_extractf64x2_pd::<1>(v));
+                    _mm_storeu_pd(row_mut::<f64>(base, offsets, i + 4).add(c), _mm512_extractf64x2_pd::<2>(v));
+                    _mm_storeu_pd(row_mut::<f64>(base, offsets, i + 6).add(c), _mm512_extractf64x2_pd::<3>(v));
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn deinterleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            let even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+            let odd = _mm512_add_epi64(even, _mm512_set1_epi64(1));
+            (Self(_mm512_permutex2var_pd(self.0, even, rhs.0)), Self(_mm512_permutex2var_pd(self.0, odd, rhs.0)))
+        }
+    }
+    #[inline(always)]
+    fn interleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe {
+            let low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+            let high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
+            (Self(_mm512_permutex2var_pd(self.0, low, rhs.0)), Self(_mm512_permutex2var_pd(self.0, high, rhs.0)))
+        }
     }
 
     intrinsics! {

@@ -52,6 +52,26 @@ macro_rules! operators {
     };
 }
 
+/// The row `offsets[i]` bytes from `base`.
+/// # Safety
+/// `offsets` has more than `i` numbers.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn row<T>(base: *const u8, offsets: *const isize, i: usize) -> *const T {
+    // SAFETY: the caller's promise.
+    unsafe { base.wrapping_offset(offsets.add(i).read()).cast() }
+}
+
+/// As [`row`], to write.
+/// # Safety
+/// As for [`row`].
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn row_mut<T>(base: *mut u8, offsets: *const isize, i: usize) -> *mut T {
+    // SAFETY: the caller's promise.
+    unsafe { row::<T>(base, offsets, i).cast_mut() }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -232,6 +252,19 @@ pub trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = 
     /// # Safety
     /// `dst` is valid for writes of `LANES` elements and aligned to the size of the vector.
     unsafe fn stream(self, dst: *mut Self::Elem);
+
+    /// Four adjacent elements of `LANES` rows, transposed: lane i of vector j is element j of the row `offsets[i]` bytes from `base`.
+    /// # Safety
+    /// `offsets` has `LANES` numbers, and at each of them four elements are valid for reads; no alignment is needed.
+    unsafe fn load4(isa: Self::Isa, base: *const u8, offsets: *const isize) -> [Self; 4];
+    /// The inverse of [`Vector::load4`].
+    /// # Safety
+    /// `offsets` has `LANES` numbers, and at each of them four elements are valid for writes; no alignment is needed.
+    unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize);
+    /// The elements of `self` followed by `rhs` with even and those with odd positions.
+    fn deinterleave(self, rhs: Self) -> (Self, Self);
+    /// The inverse of [`Vector::deinterleave`].
+    fn interleave(self, rhs: Self) -> (Self, Self);
 
     /// `self * a + b`, rounded once.
     #[must_use]

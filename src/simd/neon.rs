@@ -4,7 +4,7 @@
 use core::arch::aarch64::*;
 use core::arch::asm;
 
-use super::{Isa, Kernel, Level, Mask, Vector};
+use super::{Isa, Kernel, Level, Mask, Vector, row, row_mut};
 
 /// Proof that this machine has the level.
 #[derive(Clone, Copy, Debug)]
@@ -143,6 +143,14 @@ impl Mask for Mask64x2 {
     intrinsics! { fn and(self, rhs) = vandq_u64, Self; }
 }
 
+/// Transposes 4 x 4 elements.
+#[inline(always)]
+fn transpose(v: [F32x4; 4]) -> [F32x4; 4] {
+    let ((a, b), (c, d)) = (v[0].interleave(v[2]), v[1].interleave(v[3]));
+    let ((e, f), (g, h)) = (a.interleave(c), b.interleave(d));
+    [e, f, g, h]
+}
+
 operators!(F32x4, vaddq_f32, vsubq_f32, vmulq_f32, vdivq_f32, -self = vnegq_f32(self.0));
 operators!(F64x2, vaddq_f64, vsubq_f64, vmulq_f64, vdivq_f64, -self = vnegq_f64(self.0));
 
@@ -246,6 +254,36 @@ impl Vector for F32x4 {
         vbslq_f32, vabsq_f32
     }
     #[inline(always)]
+    unsafe fn load4(_isa: Neon, base: *const u8, offsets: *const isize) -> [Self; 4] {
+        // SAFETY: the token proves NEON; the caller promises the offsets and four elements at each.
+        unsafe {
+            let mut v = [Self(vdupq_n_f32(0.0)); 4];
+            for (i, v) in v.iter_mut().enumerate() {
+                v.0 = vld1q_f32(row(base, offsets, i));
+            }
+            transpose(v)
+        }
+    }
+    #[inline(always)]
+    unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize) {
+        // SAFETY: a vector implies the token, which proves NEON; the caller promises the offsets and four elements at each.
+        unsafe {
+            for (i, v) in transpose(v).iter().enumerate() {
+                vst1q_f32(row_mut(base, offsets, i), v.0);
+            }
+        }
+    }
+    #[inline(always)]
+    fn deinterleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves NEON.
+        unsafe { (Self(vuzp1q_f32(self.0, rhs.0)), Self(vuzp2q_f32(self.0, rhs.0))) }
+    }
+    #[inline(always)]
+    fn interleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves NEON.
+        unsafe { (Self(vzip1q_f32(self.0, rhs.0)), Self(vzip2q_f32(self.0, rhs.0))) }
+    }
+    #[inline(always)]
     fn scale2(self, d: Self) -> Self {
         // SAFETY: a vector implies the token, which proves NEON.
         unsafe {
@@ -297,6 +335,37 @@ impl Vector for F64x2 {
     common! {
         F64x2, Mask64x2, f64, 2, vdupq_n_f64, vld1q_f64, vst1q_f64, vfmaq_f64, vfmsq_f64, vcgtq_f64, vcltq_f64, vcleq_f64, vceqq_f64,
         vbslq_f64, vabsq_f64
+    }
+    #[inline(always)]
+    unsafe fn load4(_isa: Neon, base: *const u8, offsets: *const isize) -> [Self; 4] {
+        // SAFETY: the token proves NEON; the caller promises the offsets and four elements at each.
+        unsafe {
+            let (even, odd) = (row::<f64>(base, offsets, 0), row::<f64>(base, offsets, 1));
+            let (a, b) = Self(vld1q_f64(even)).interleave(Self(vld1q_f64(odd)));
+            let (c, d) = Self(vld1q_f64(even.add(2))).interleave(Self(vld1q_f64(odd.add(2))));
+            [a, b, c, d]
+        }
+    }
+    #[inline(always)]
+    unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize) {
+        // SAFETY: a vector implies the token, which proves NEON; the caller promises the offsets and four elements at each.
+        unsafe {
+            for c in [0, 2] {
+                let (even, odd) = v[c].interleave(v[c + 1]);
+                vst1q_f64(row_mut::<f64>(base, offsets, 0).add(c), even.0);
+                vst1q_f64(row_mut::<f64>(base, offsets, 1).add(c), odd.0);
+            }
+        }
+    }
+    #[inline(always)]
+    fn deinterleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves NEON.
+        unsafe { (Self(vuzp1q_f64(self.0, rhs.0)), Self(vuzp2q_f64(self.0, rhs.0))) }
+    }
+    #[inline(always)]
+    fn interleave(self, rhs: Self) -> (Self, Self) {
+        // SAFETY: a vector implies the token, which proves NEON.
+        unsafe { (Self(vzip1q_f64(self.0, rhs.0)), Self(vzip2q_f64(self.0, rhs.0))) }
     }
     #[inline(always)]
     fn scale2(self, d: Self) -> Self {

@@ -199,6 +199,27 @@ macro_rules! vector {
                 // SAFETY: the caller promises one writable element.
                 unsafe { dst.write(self.0) }
             }
+            #[inline(always)]
+            unsafe fn load4(_isa: Scalar, base: *const u8, offsets: *const isize) -> [Self; 4] {
+                // SAFETY: the caller promises one offset and four readable elements there.
+                unsafe {
+                    let row = base.offset(offsets.read()).cast::<$elem>();
+                    [0, 1, 2, 3].map(|c| Self(row.add(c).read_unaligned()))
+                }
+            }
+            #[inline(always)]
+            unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize) {
+                // SAFETY: the caller promises one offset and four writable elements there.
+                unsafe { base.offset(offsets.read()).cast::<[$elem; 4]>().write_unaligned(v.map(|x| x.0)) }
+            }
+            #[inline(always)]
+            fn deinterleave(self, rhs: Self) -> (Self, Self) {
+                (self, rhs)
+            }
+            #[inline(always)]
+            fn interleave(self, rhs: Self) -> (Self, Self) {
+                (self, rhs)
+            }
 
             #[inline(always)]
             fn mul_add(self, a: Self, b: Self) -> Self {
