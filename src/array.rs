@@ -10,6 +10,9 @@ use smallvec::SmallVec;
 
 use crate::simd::{Isa, Vector};
 
+/// Bytes of a cache line, and of the largest vector: what stores past the caches are aligned to.
+pub const STREAM_ALIGN: usize = 64;
+
 /// Lengths or strides, one per axis.
 pub type Dims<T> = SmallVec<[T; 4]>;
 
@@ -443,6 +446,14 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// # Safety
     /// `dst` is valid for writes of `LANES` elements.
     unsafe fn store<S: Isa>(isa: S, v: Vf<S, Self::Acc>, dst: *mut Self);
+    /// Stores one vector's worth past the caches where there is a way, rounded once.
+    /// # Safety
+    /// As for [`Element::store`], and `dst` is aligned to [`STREAM_ALIGN`] bytes or a vector's worth further.
+    #[inline(always)]
+    unsafe fn stream<S: Isa>(isa: S, v: Vf<S, Self::Acc>, dst: *mut Self) {
+        // SAFETY: the caller's promise includes this one.
+        unsafe { Self::store(isa, v, dst) }
+    }
     /// Loads `n` elements, the other lanes are `fill`.
     /// # Safety
     /// `src` is valid for reads of `n` elements, `n <= LANES`.
@@ -498,6 +509,11 @@ impl Element for f32 {
         unsafe { v.store(dst) }
     }
     #[inline(always)]
+    unsafe fn stream<S: Isa>(_isa: S, v: S::F32, dst: *mut Self) {
+        // SAFETY: the caller's promise is the same: no vector is larger than the alignment.
+        unsafe { v.stream(dst) }
+    }
+    #[inline(always)]
     unsafe fn load_partial<S: Isa>(isa: S, src: *const Self, n: usize, fill: Self) -> S::F32 {
         // SAFETY: the caller's promise is the same.
         unsafe { S::F32::load_partial(isa, src, n, fill) }
@@ -545,6 +561,11 @@ impl Element for f64 {
     unsafe fn store<S: Isa>(_isa: S, v: S::F64, dst: *mut Self) {
         // SAFETY: the caller's promise is the same.
         unsafe { v.store(dst) }
+    }
+    #[inline(always)]
+    unsafe fn stream<S: Isa>(_isa: S, v: S::F64, dst: *mut Self) {
+        // SAFETY: the caller's promise is the same: no vector is larger than the alignment.
+        unsafe { v.stream(dst) }
     }
     #[inline(always)]
     unsafe fn load_partial<S: Isa>(isa: S, src: *const Self, n: usize, fill: Self) -> S::F64 {
@@ -747,6 +768,25 @@ impl<'a, E: Element> SpanMut<'a, E> {
         assert!(i + lanes <= self.0.len);
         // SAFETY: in bounds; the span is valid for writes.
         unsafe { E::store(isa, v, self.0.ptr.cast_mut().add(i)) }
+    }
+
+    /// How many elements stand before the first that [`SpanMut::stream`] takes.
+    #[inline(always)]
+    pub fn lead(self) -> usize {
+        let past = self.0.ptr as usize % STREAM_ALIGN;
+        (STREAM_ALIGN - past) % STREAM_ALIGN / size_of::<E>()
+    }
+
+    /// Stores a vector past the caches at element `i`, which is a number of vectors after [`SpanMut::lead`]; rounded once. [`Isa::fence`] comes after.
+    #[inline(always)]
+    pub fn stream<S: Isa>(self, isa: S, i: usize, v: Vf<S, E::Acc>) {
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        assert!(i + lanes <= self.0.len);
+        // SAFETY: in bounds; the span is valid for writes.
+        let dst = unsafe { self.0.ptr.cast_mut().add(i) };
+        assert!((dst as usize).is_multiple_of(STREAM_ALIGN.min(lanes * size_of::<E>())));
+        // SAFETY: valid for writes as before, aligned as checked.
+        unsafe { E::stream(isa, v, dst) }
     }
 
     /// Stores the first `n` lanes at element `i`, rounded once.

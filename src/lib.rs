@@ -11,3 +11,4 @@ pub mod ops;
 mod python;
 pub mod simd;
 pub mod threads;
+pub mod tunables;

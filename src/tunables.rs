@@ -14,12 +14,19 @@ pub struct Tunables {
     pub stream_from: usize,
     /// Rows of fewer bytes are finished in groups that take at most this together, so that the first cache still holds them when they are written.
     pub group_bytes: usize,
+    /// Whether exponentials are computed again for results that are written past the caches (1), or kept in the result by ordinary stores (0).
+    pub recompute: usize,
 }
 
 impl Tunables {
     /// Names and values, in the order of the table.
-    pub fn entries(&self) -> [(&'static str, usize); 3] {
-        [("threads_from", self.threads_from), ("stream_from", self.stream_from), ("group_bytes", self.group_bytes)]
+    pub fn entries(&self) -> [(&'static str, usize); 4] {
+        [
+            ("threads_from", self.threads_from),
+            ("stream_from", self.stream_from),
+            ("group_bytes", self.group_bytes),
+            ("recompute", self.recompute),
+        ]
     }
 
     fn entry(&mut self, name: &str) -> Option<&mut usize> {
@@ -27,6 +34,7 @@ impl Tunables {
             "threads_from" => &mut self.threads_from,
             "stream_from" => &mut self.stream_from,
             "group_bytes" => &mut self.group_bytes,
+            "recompute" => &mut self.recompute,
             _ => return None,
         })
     }
@@ -35,10 +43,10 @@ impl Tunables {
         // The size of the last cache lies on virtual machines and is shared on all: what every core has of its own says more.
         let second = second_level_cache().unwrap_or(1 << 20);
         let threads = crate::threads::available();
-        Self { threads_from: 1 << 16, stream_from: (32 << 20).max(4 * second * threads), group_bytes: 16 << 10 }
+        Self { threads_from: 1 << 16, stream_from: (32 << 20).max(4 * second * threads), group_bytes: 16 << 10, recompute: 0 }
     }
 
-    fn from_environment(mut self, text: &str) -> Self {
+    fn with_environment(mut self, text: &str) -> Self {
         for (name, value) in text.split(',').filter_map(|pair| pair.split_once('=')) {
             if let (Some(entry), Ok(value)) = (self.entry(name.trim()), value.trim().parse()) {
                 *entry = value;
@@ -53,7 +61,7 @@ pub fn tunables() -> &'static Tunables {
     static TABLE: OnceLock<Tunables> = OnceLock::new();
     TABLE.get_or_init(|| {
         let table = Tunables::of_this_machine();
-        std::env::var("CROSSENT_TUNE").map_or(table, |text| table.from_environment(&text))
+        std::env::var("CROSSENT_TUNE").map_or(table, |text| table.with_environment(&text))
     })
 }
 
@@ -77,9 +85,9 @@ mod tests {
 
     #[test]
     fn the_environment_replaces_entries_and_nothing_else() {
-        let table = Tunables { threads_from: 1, stream_from: 2, group_bytes: 3 };
-        assert_eq!(table.from_environment("stream_from=7, group_bytes = 9"), Tunables { threads_from: 1, stream_from: 7, group_bytes: 9 });
-        assert_eq!(table.from_environment("stream_from=x,unknown=1,,="), table);
+        let table = Tunables { threads_from: 1, stream_from: 2, group_bytes: 3, recompute: 4 };
+        assert_eq!(table.with_environment("stream_from=7, group_bytes = 9"), Tunables { stream_from: 7, group_bytes: 9, ..table });
+        assert_eq!(table.with_environment("stream_from=x,unknown=1,,="), table);
         let mut copy = table;
         for (name, value) in table.entries() {
             assert_eq!(copy.entry(name).copied(), Some(value));

@@ -449,7 +449,7 @@ pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, d
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         if dense.is_some() {
-            let g = T::load_wide(isa, Span::of(&tile.g), j);
+            let g = T::load_wide(isa, Span::of(&tile.slope), j);
             for c in 0..e.classes() {
                 x.store_whole(isa, c, j, e.load_whole(isa, c, j) * a - dense.load(isa, c, j) * g);
             }
@@ -472,7 +472,7 @@ pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width:
         let floor = (T::load_wide(isa, Span::of(&tile.max), j) - b) - clamp;
         let k = T::load_wide(isa, Span::of(&tile.k), j);
         let a = T::load_wide(isa, Span::of(&tile.a), j);
-        let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.g), j) } else { a };
+        let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.slope), j) } else { a };
         for c in 0..from.classes() {
             let mut out = exp.exp2(floor.max(from.load_whole(isa, c, j) - b), k) * a;
             if dense.is_some() {

@@ -30,6 +30,8 @@ pub struct Tile {
     pub weight: Vec<f64>,
     /// Multiplies the gradient of the row, the sample weight included.
     pub g: Vec<f64>,
+    /// The same for the logits as they are: divided by the temperature. Multiplies t in the gradient.
+    pub slope: Vec<f64>,
     pub log_sum: Vec<f64>,
     pub lse: Vec<f64>,
     pub loss: Vec<f64>,
@@ -64,6 +66,7 @@ impl Tile {
             &mut self.t_top,
             &mut self.weight,
             &mut self.g,
+            &mut self.slope,
             &mut self.log_sum,
             &mut self.lse,
             &mut self.loss,
@@ -101,15 +104,15 @@ pub struct Terms {
     pub loss: bool,
 }
 
-/// Fills the coefficients of the first `rows` rows.
+/// Fills the coefficients of the rows from `first` up to `end`; those of a few rows after them are overwritten.
 #[inline(always)]
-pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, rows: usize) {
+pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end: usize) {
     let (zero, one, infinity) = (splat::<S, f64>(isa, 0.0), splat::<S, f64>(isa, 1.0), splat::<S, f64>(isa, f64::INFINITY));
     let exp = Exp::<S::F64>::new(isa, terms.scale);
     let scale = splat::<S, f64>(isa, terms.scale);
     let step = S::F64::LANES;
-    let mut r = 0;
-    while r < rows {
+    let mut r = first;
+    while r < end {
         let max = Span::of(&tile.max).load(isa, r);
         let ties = Span::of(&tile.ties).load(isa, r);
         let k = Span::of(&tile.k).load(isa, r);
@@ -165,7 +168,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, rows: usize) {
             let g = Span::of(&tile.g).load(isa, r) * scale;
             let factor = S::F64::select(valid, g * pull * inverse, bad);
             SpanMut::of(&mut tile.a).store(isa, r, factor);
-            SpanMut::of(&mut tile.g).store(isa, r, g);
+            SpanMut::of(&mut tile.slope).store(isa, r, g);
             // Where the maximum has less than half the mass nothing cancels, and the sum of the others is the longer way.
             let sure = (t_rest - total * (others * p_max)) + (pull - total) * p_max;
             let top = g * S::F64::select(others.lt(one), sure, pull * p_max - t_top);

@@ -4,7 +4,7 @@
 //! in one unbroken stream; a block's exponentials are relative to the maximum of everything up to and including it. Only where a block reaches
 //! the running maximum is it looked at again, to count the ties.
 
-use crate::array::{Element, Float, Span, SpanMut, Vf};
+use crate::array::{DType, Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
 use super::math::{Anchored, Exp, Real};
@@ -235,6 +235,8 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool
 ) -> Sums<Vf<S, T>> {
     let step = Vf::<S, T>::LANES;
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
+    // Where registers are few, two accumulators: the constants need them more.
+    let own = if S::REGISTERS < 32 { 1 } else { 3 };
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let mut parts = [Part { rest: zero, lin: zero, t_rest: zero }; 4];
     let mut ties = 0;
@@ -248,14 +250,14 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool
     while i + 4 * step <= len {
         let (x, beside) = (x.part(i, 4 * step), beside.part(i.min(last), 4 * step));
         for u in 0..4 {
-            max[u] = beside.load(isa, u * step).max(max[u]);
+            max[u & own] = beside.load(isa, u * step).max(max[u & own]);
             let v = x.load(isa, u * step);
             let e = at.at.parts(if FAR { v - at.b } else { v });
             if STORE {
                 dst.store(isa, i + u * step, e.0 * e.1);
             }
             let w = if LIN { t.load(isa, i + u * step) } else { zero };
-            let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u]);
+            let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u & own]);
             if TOP {
                 ties += step - below.count_ones() as usize;
             }
@@ -301,10 +303,21 @@ pub struct Wanted<'a> {
     pub logits: [f64; 2],
 }
 
+/// Work that is done in between, so that memory is not idle while arithmetic goes on.
+pub trait Beside {
+    /// Called after block `index`.
+    fn block(&mut self, index: usize);
+}
+
+impl Beside for () {
+    #[inline(always)]
+    fn block(&mut self, _index: usize) {}
+}
+
 /// Reads `classes` classes of a row. With STORE, e = exp(x − b)·2^−k is written to `dst`, `references[i]` being that of block i; `dst` may be the
 /// row itself. `known` is the maximum of the first block, and then that of the block `x` has ahead at its end.
 #[inline(always)]
-pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: bool, const STORE: bool>(
+pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, B: Beside, const LIN: bool, const STORE: bool>(
     setup: &Setup<S, T>,
     classes: usize,
     x: &mut X,
@@ -313,6 +326,7 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
     references: &mut [Reference],
     known: &mut Known<S, T>,
     wanted: &mut Wanted,
+    beside: &mut B,
 ) -> State {
     let isa = setup.isa;
     let mut max = T::NEG_INF;
@@ -375,8 +389,9 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
             arg = arg.min(start.saturating_add(first));
             t_top.merge(weight);
         }
-        // Few enough additions in a row for float32: a whole block on wide vectors, less of it on narrow ones.
-        let stretch = BLOCK.min(if Vf::<S, T>::LANES < 4 { 8 } else { 32 * Vf::<S, T>::LANES });
+        // Few enough additions in a row for float32, sixteen to an accumulator: a whole block on wide vectors, less of it on narrow ones.
+        let accumulators = if S::REGISTERS < 32 { 2 } else { 4 };
+        let stretch = BLOCK.min(if Vf::<S, T>::LANES < 4 { 8 } else { 16 * accumulators * Vf::<S, T>::LANES });
         let mut from = 0;
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         while from < block.len() {
@@ -402,6 +417,7 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
             from += n;
         }
         *known = (!next.is_empty()).then_some(next_top);
+        beside.block(index);
     }
     rest_extra.merge(T::total(rest));
     if LIN {
@@ -411,87 +427,179 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, const LIN: 
     State { max: max.to_f64(), ties, arg, reference, rest: rest_extra, lin: lin_extra, t_rest: t_extra, t_top: t_top.value() }
 }
 
-/// Writes `a·e − g·t` for one block of stored exponentials; `dst` may be where they stand.
-#[inline(always)]
-pub fn emit_stored<S: Isa, E: Element<Acc = T>, T: Real>(isa: S, e: Span<T>, a: T, g: T, t: Span<T>, dst: SpanMut<E>) {
-    let step = Vf::<S, T>::LANES;
-    let (a, g) = (Vf::<S, T>::splat(isa, a), Vf::<S, T>::splat(isa, g));
-    let len = e.len();
-    let mut i = 0;
-    if t.is_empty() {
-        while i + step <= len {
-            dst.store(isa, i, e.load(isa, i) * a);
-            i += step;
-        }
-        if i < len {
-            dst.store_partial(isa, i, len - i, e.load_partial(isa, i, len - i, T::ZERO) * a);
-        }
-        return;
-    }
-    while i < len {
-        let n = step.min(len - i);
-        let v = e.load_partial(isa, i, n, T::ZERO) * a - t.load_partial(isa, i, n, T::ZERO) * g;
-        dst.store_partial(isa, i, n, v);
-        i += n;
-    }
+/// Values to be written, vector by vector.
+trait Values<S: Isa, T: Real> {
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T>;
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T>;
 }
 
-/// Writes `a·exp(x − reference) − g·t` for one block.
+/// Writes values; `past` the caches if wanted.
 #[inline(always)]
-pub fn emit_exp<S: Isa, E: Element<Acc = T>, O: Element<Acc = T>, T: Real>(
-    setup: &Setup<S, T>,
-    reference: Reference,
-    max: f64,
-    x: Span<E>,
-    a: T,
-    g: T,
-    t: Span<T>,
-    dst: SpanMut<O>,
-) {
-    let isa = setup.isa;
+fn write<S: Isa, E: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: &W, dst: SpanMut<E>, past: bool) {
     let step = Vf::<S, T>::LANES;
-    let at = setup.lanes(reference, T::from_f64(max));
-    let (av, gv) = (Vf::<S, T>::splat(isa, a), Vf::<S, T>::splat(isa, g));
-    let len = x.len();
+    let len = dst.read().len();
     let mut i = 0;
-    if t.is_empty() && reference.b == 0.0 {
+    if past {
+        let lead = dst.lead().min(len);
+        while i < lead {
+            let n = step.min(lead - i);
+            dst.store_partial(isa, i, n, values.partial(isa, i, n));
+            i += n;
+        }
         while i + step <= len {
-            dst.store(isa, i, at.at.exp2(x.load(isa, i)) * av);
+            dst.stream(isa, i, values.whole(isa, i));
             i += step;
         }
-    }
-    while i < len {
-        let n = step.min(len - i);
-        let v = x.load_partial(isa, i, n, E::from_acc(T::NEG_INF)) - at.b;
-        let mut out = at.at.exp2(v) * av;
-        if !t.is_empty() {
-            out = out - t.load_partial(isa, i, n, T::ZERO) * gv;
+    } else {
+        while i + step <= len {
+            dst.store(isa, i, values.whole(isa, i));
+            i += step;
         }
-        dst.store_partial(isa, i, n, out);
-        i += n;
-    }
-}
-
-/// Writes `(x − max)·scale − log_sum` for one block, in this order: neither step cancels.
-#[inline(always)]
-pub fn emit_log<S: Isa, E: Element<Acc = T>, O: Element<Acc = T>, T: Real>(
-    isa: S,
-    x: Span<E>,
-    max: T,
-    scale: T,
-    log_sum: T,
-    dst: SpanMut<O>,
-) {
-    let step = Vf::<S, T>::LANES;
-    let (max, scale, log_sum) = (Vf::<S, T>::splat(isa, max), Vf::<S, T>::splat(isa, scale), Vf::<S, T>::splat(isa, log_sum));
-    let len = x.len();
-    let mut i = 0;
-    while i + step <= len {
-        dst.store(isa, i, (x.load(isa, i) - max) * scale - log_sum);
-        i += step;
     }
     if i < len {
-        let v = x.load_partial(isa, i, len - i, E::from_acc(T::ZERO));
-        dst.store_partial(isa, i, len - i, (v - max) * scale - log_sum);
+        dst.store_partial(isa, i, len - i, values.partial(isa, i, len - i));
+    }
+}
+
+/// `min(a·e, most) − g·t`.
+#[derive(Clone, Copy)]
+struct Scaling<'a, V: Vector> {
+    a: V,
+    most: V,
+    g: V,
+    t: Span<'a, V::Elem>,
+}
+
+impl<V: Vector> Scaling<'_, V>
+where
+    V::Elem: Real<V<V::Isa> = V>,
+{
+    #[inline(always)]
+    fn whole(&self, isa: V::Isa, i: usize, e: V) -> V {
+        // In this order NaN passes.
+        let v = self.most.min(e * self.a);
+        if self.t.is_empty() { v } else { v - self.t.load(isa, i) * self.g }
+    }
+    #[inline(always)]
+    fn partial(&self, isa: V::Isa, i: usize, n: usize, e: V) -> V {
+        let v = self.most.min(e * self.a);
+        if self.t.is_empty() { v } else { v - self.t.load_partial(isa, i, n, V::Elem::ZERO) * self.g }
+    }
+}
+
+struct Stored<'a, V: Vector> {
+    e: Span<'a, V::Elem>,
+    scaling: Scaling<'a, V>,
+}
+
+impl<S: Isa, T: Real> Values<S, T> for Stored<'_, Vf<S, T>> {
+    #[inline(always)]
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
+        self.scaling.whole(isa, i, self.e.load(isa, i))
+    }
+    #[inline(always)]
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        self.scaling.partial(isa, i, n, self.e.load_partial(isa, i, n, T::ZERO))
+    }
+}
+
+struct Anew<'a, E, V: Vector> {
+    x: Span<'a, E>,
+    at: Anchored<V>,
+    b: V,
+    scaling: Scaling<'a, V>,
+}
+
+impl<S: Isa, E: Element<Acc = T>, T: Real> Values<S, T> for Anew<'_, E, Vf<S, T>> {
+    #[inline(always)]
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
+        self.scaling.whole(isa, i, self.at.exp2(self.x.load(isa, i) - self.b))
+    }
+    #[inline(always)]
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        let x = self.x.load_partial(isa, i, n, E::from_acc(T::NEG_INF));
+        self.scaling.partial(isa, i, n, self.at.exp2(x - self.b))
+    }
+}
+
+struct Logs<'a, E, V> {
+    x: Span<'a, E>,
+    max: V,
+    scale: V,
+    log_sum: V,
+}
+
+impl<S: Isa, E: Element<Acc = T>, T: Real> Values<S, T> for Logs<'_, E, Vf<S, T>> {
+    #[inline(always)]
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
+        (self.x.load(isa, i) - self.max) * self.scale - self.log_sum
+    }
+    #[inline(always)]
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        (self.x.load_partial(isa, i, n, E::from_acc(T::ZERO)) - self.max) * self.scale - self.log_sum
+    }
+}
+
+/// What the results of a row are made with.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// Its maximum.
+    pub max: f64,
+    /// Its reference.
+    pub reference: Reference,
+    /// Logarithm of the sum, relative to the maximum.
+    pub log_sum: f64,
+    /// Multiplies the exponentials.
+    pub a: f64,
+    /// Multiplies the dense stream.
+    pub slope: f64,
+    /// No product of the first kind is larger: 1 for probabilities.
+    pub most: f64,
+}
+
+impl<S: Isa, T: Real> Setup<S, T> {
+    /// `factor` and `a` once more, so that neither their product nor `a` leaves the normal numbers where the result does not.
+    #[inline(always)]
+    fn balanced(a: f64, factor: f64) -> (f64, f64) {
+        let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
+        let shift = if (a * factor).abs() < tiny { (T::BIAS.to_f64()).exp2() } else { 1.0 };
+        if shift == 1.0 { (a * factor, 1.0) } else { (a * shift, factor / shift) }
+    }
+
+    #[inline(always)]
+    fn scaling<'a>(&self, row: &Row, a: f64, t: Span<'a, T>) -> Scaling<'a, Vf<S, T>> {
+        let isa = self.isa;
+        Scaling { a: splat::<S, T>(isa, a), most: splat::<S, T>(isa, row.most), g: splat::<S, T>(isa, row.slope), t }
+    }
+
+    /// Writes `a·e − slope·t` for one block of exponentials stored relative to `reference`; `dst` may be where they stand.
+    #[inline(always)]
+    pub fn emit_stored<E: Element<Acc = T>>(&self, row: &Row, reference: Reference, e: SpanMut<T>, t: Span<T>, dst: SpanMut<E>) {
+        let (a, factor) = Self::balanced(row.a, reference.factor(row.reference, self.scale));
+        if factor != 1.0 {
+            let first = Row { most: f64::INFINITY, ..*row };
+            let values = Stored { e: e.read(), scaling: self.scaling(&first, factor, Span::of(&[])) };
+            write(self.isa, &values, e, false);
+        }
+        write(self.isa, &Stored { e: e.read(), scaling: self.scaling(row, a, t) }, dst, false);
+    }
+
+    /// Writes `a·exp(x − reference) − slope·t` for one block, `past` the caches if wanted.
+    #[inline(always)]
+    pub fn emit_exp<E: Element<Acc = T>, O: Element<Acc = T>>(&self, row: &Row, x: Span<E>, t: Span<T>, dst: SpanMut<O>, past: bool) {
+        let (a, factor) = Self::balanced(row.a, 1.0);
+        let k = row.reference.k - factor.log2();
+        let at = self.exp.anchor(splat::<S, T>(self.isa, k));
+        write(self.isa, &Anew { x, at, b: splat::<S, T>(self.isa, row.reference.b), scaling: self.scaling(row, a, t) }, dst, past);
+    }
+
+    /// Writes `(x − max)·scale − log_sum` for one block, in this order: neither step cancels.
+    #[inline(always)]
+    pub fn emit_log<E: Element<Acc = T>, O: Element<Acc = T>>(&self, row: &Row, x: Span<E>, dst: SpanMut<O>, past: bool) {
+        let [max, scale, log_sum] = [row.max, self.scale, row.log_sum].map(|v| T::from_f64(v));
+        let isa = self.isa;
+        let values =
+            Logs { x, max: Vf::<S, T>::splat(isa, max), scale: Vf::<S, T>::splat(isa, scale), log_sum: Vf::<S, T>::splat(isa, log_sum) };
+        write(isa, &values, dst, past);
     }
 }

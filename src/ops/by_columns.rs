@@ -246,7 +246,7 @@ impl Kernel for Finish<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        finish(isa, self.terms, self.tile, self.rows);
+        finish(isa, self.terms, self.tile, 0, self.rows);
         if self.terms.loss && self.single {
             let loss = SpanMut::of(&mut self.tile.loss);
             for j in (0..self.rows).step_by(S::F32::LANES) {

@@ -1,8 +1,8 @@
-//! Tasks whose classes are adjacent (or are gathered row by row): the kernels of [`crate::kernels::rows`].
+//! Tasks whose vectors run along the classes: the kernels of [`crate::kernels::rows`].
 
-use crate::array::{Element, Span, SpanMut};
+use crate::array::{Array, Element, Out, Span, SpanMut};
 use crate::kernels::finish::{Tile, WIDTH, finish};
-use crate::kernels::rows::{self, Direct, Gathered, Known, Setup, Source, Stream, Wanted};
+use crate::kernels::rows::{self, Beside, Direct, Gathered, Known, Row, Setup, Source, Stream, Wanted};
 use crate::kernels::state::{Reference, State};
 use crate::simd::Isa;
 
@@ -11,8 +11,98 @@ use super::plan::Path;
 use super::scratch::{Buffers, Scratch, Work, room};
 use super::source::{dense_row, gather_logits, scatter, shared_stream, unbend, unbend_patches};
 
+/// From so many classes on a row is written while the next one is read: enough blocks to share the time evenly.
+const BESIDE_FROM: usize = 4 * rows::BLOCK;
+
+/// How the results of a call are made from rows that are read and written in place.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// No results of the logits' size, or not in place.
+    Other,
+    /// From the exponentials, kept where the results will stand.
+    Stored,
+    /// From the exponentials, computed again.
+    Anew,
+    /// From the logits.
+    Logs,
+}
+
+fn way<T: Element, E: Element>(job: &Job) -> Way {
+    let Some(out) = job.out.filter(|_| job.read == Path::Rows && job.write == Path::Rows) else { return Way::Other };
+    if job.kind == Kind::LogSoftmax {
+        Way::Logs
+    } else if E::DTYPE == T::DTYPE && !(job.past && job.recompute && !same(job.x, out)) {
+        Way::Stored
+    } else {
+        Way::Anew
+    }
+}
+
+fn same(x: &Array, out: &Out) -> bool {
+    x.ptr == out.array().ptr
+}
+
+/// A row that was read and is to be written, a block at a time.
+struct Pending<'p, S: Isa, E: Element>
+where
+    E::Acc: Work,
+{
+    setup: &'p Setup<S, E::Acc>,
+    way: Way,
+    row: Row,
+    x: Span<'p, E>,
+    out: SpanMut<'p, E>,
+    /// The same memory, as the type that exponentials are stored in.
+    e: SpanMut<'p, E::Acc>,
+    references: &'p [Reference],
+    past: bool,
+}
+
+impl<S: Isa, E: Element> Beside for Option<Pending<'_, S, E>>
+where
+    E::Acc: Work,
+{
+    #[inline(always)]
+    fn block(&mut self, index: usize) {
+        if let Some(pending) = self {
+            pending.emit(index, Span::of(&[]));
+        }
+    }
+}
+
+impl<S: Isa, E: Element> Pending<'_, S, E>
+where
+    E::Acc: Work,
+{
+    #[inline(always)]
+    fn emit(&self, index: usize, t: Span<E::Acc>) {
+        let out = block(self.out.read(), index);
+        let dst = self.out.part(out.0, out.1);
+        match self.way {
+            Way::Stored => self.setup.emit_stored(&self.row, self.references[index], self.e.part(out.0, out.1), t, dst),
+            Way::Logs => self.setup.emit_log(&self.row, self.x.part(out.0, out.1), dst, self.past),
+            _ => self.setup.emit_exp(&self.row, self.x.part(out.0, out.1), t, dst, self.past),
+        }
+    }
+}
+
+/// Start and length of block `index` of a row.
 #[inline(always)]
-pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job, kept: &[usize], scratch: &mut Scratch) {
+fn block<E: Element>(row: Span<E>, index: usize) -> (usize, usize) {
+    let start = index * rows::BLOCK;
+    (start, rows::BLOCK.min(row.len() - start))
+}
+
+/// Works on rows that are finished together. `next` is the row after them, whose first maximum goes to `known`.
+#[inline(always)]
+pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
+    isa: S,
+    job: &Job,
+    kept: &[usize],
+    next: Option<usize>,
+    known: &mut Known<S, T>,
+    scratch: &mut Scratch,
+) {
     let (tile, buffers, references) = T::buffers(scratch);
     // The logits of one or two targets are read with their blocks.
     let late = job.read == Path::Rows && job.terms.entries <= 2;
@@ -24,20 +114,20 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job,
     room(&mut buffers.dense, rows::BLOCK);
     room(&mut buffers.block, rows::BLOCK);
     room(&mut buffers.x, rows::BLOCK);
-    // One exponential per element: it is kept where the gradient will stand, if that can hold it.
-    let store =
-        job.kind != Kind::LogSoftmax && job.out.is_some() && E::DTYPE == T::DTYPE && job.read == Path::Rows && job.write == Path::Rows;
-    if store && references.len() < blocks * kept.len() {
+    let way = way::<T, E>(job);
+    if way == Way::Stored && references.len() < blocks * kept.len() {
         references.resize(blocks * kept.len(), Reference { k: 0.0, b: 0.0 });
     }
-    let mut known: Known<S, T> = None;
+    let beside = way != Way::Other && !job.terms.dense && classes >= BESIDE_FROM;
+    let mut left = &mut references[..];
+    let mut pending: Option<Pending<S, E>> = None;
     for (slot, &row) in kept.iter().enumerate() {
-        let refs = if store { &mut references[slot * blocks..(slot + 1) * blocks] } else { &mut [][..] };
+        let (own, rest) = left.split_at_mut(if way == Way::Stored { blocks } else { 0 });
+        left = rest;
         let dst = match job.out {
-            Some(out) if store => out.span::<T>(job.rows.offset(OUT, row), classes),
+            Some(out) if way == Way::Stored => out.span::<T>(job.rows.offset(OUT, row), classes),
             _ => SpanMut::of(&mut []),
         };
-        let Buffers { x, dense, shared, .. } = buffers;
         let mut classes_of = [0; 2];
         let mut entries = 0;
         if late && let Some(labels) = &job.labels {
@@ -47,100 +137,93 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(isa: S, job: &Job,
             }
         }
         let mut wanted = Wanted { classes: &classes_of[..entries], logits: [0.0; 2] };
+        let Buffers { x, dense, shared, .. } = buffers;
+        let dense = Dense { job, row, scratch: dense, shared };
         let state = if job.read == Path::Rows {
             let span = |row| job.x.span::<E>(job.rows.offset(X, row), classes);
-            let mut source = Direct { row: span(row), after: kept.get(slot + 1).map_or_else(|| Span::of(&[]), |&row| span(row)) };
-            reduce_row::<S, E, T, _>(&setup, job, row, &mut source, dense, shared, dst, refs, &mut known, &mut wanted, store)
+            let mut source = Direct { row: span(row), after: kept.get(slot + 1).copied().or(next).map_or_else(|| Span::of(&[]), span) };
+            reduce_row(&setup, dense, &mut source, dst, own, known, &mut wanted, &mut pending, way == Way::Stored)
         } else {
             let mut fill = |index: usize, dst: &mut [T]| gather_logits(job, row, index * rows::BLOCK, dst, dst.len(), 1);
             let mut source = Gathered { fill: &mut fill, scratch: &mut x[..], classes };
-            reduce_row::<S, T, T, _>(
-                &setup,
-                job,
-                row,
-                &mut source,
-                dense,
-                shared,
-                SpanMut::of(&mut []),
-                refs,
-                &mut known,
-                &mut wanted,
-                false,
-            )
+            reduce_row(&setup, dense, &mut source, dst, own, known, &mut wanted, &mut (), false)
         };
         put(tile, slot, &state);
         for j in 0..entries {
             tile.x_target[j * WIDTH + slot] = wanted.logits[j];
         }
+        if beside && let Some(out) = job.out {
+            finish(isa, &job.terms, tile, slot, slot + 1);
+            let (from, to) = (job.rows.offset(X, row), job.rows.offset(OUT, row));
+            pending = Some(Pending {
+                setup: &setup,
+                way,
+                row: row_of(job, tile, slot),
+                x: job.x.span::<E>(from, classes),
+                out: out.span::<E>(to, classes),
+                e: dst,
+                references: own,
+                past: job.past,
+            });
+        }
     }
-    finish(isa, &job.terms, tile, kept.len());
+    if beside {
+        for index in 0..blocks {
+            pending.block(index);
+        }
+        return fence(isa, job);
+    }
+    finish(isa, &job.terms, tile, 0, kept.len());
     if job.out.is_some() {
         unbend_patches(job, kept, tile);
     }
     let Some(out) = job.out else { return };
     for (slot, &row) in kept.iter().enumerate() {
-        let (from, to) = (job.rows.offset(X, row), job.rows.offset(OUT, row));
-        let reference = Reference { k: tile.k[slot], b: tile.b[slot] };
-        let g = T::from_f64(tile.g[slot]);
-        for index in 0..blocks {
-            let start = index * rows::BLOCK;
-            let n = rows::BLOCK.min(classes - start);
-            let Buffers { x, dense, shared, block } = buffers;
-            let t = dense_block(job, row, index, dense, shared);
-            if store {
-                let dst = out.span::<T>(to, classes).part(start, n);
-                let mut a = tile.a[slot];
-                let factor = references[slot * blocks + index].factor(reference, job.terms.scale);
-                if factor != 1.0 && (a * factor).abs() < 1e-30 {
-                    // The product of both would be subnormal where the result need not be.
-                    rows::emit_stored(isa, dst.read(), T::from_f64(factor), T::ZERO, Span::of(&[]), dst);
-                } else {
-                    a *= factor;
-                }
-                rows::emit_stored(isa, dst.read(), T::from_f64(a), g, t, dst);
-                continue;
-            }
-            let direct = job.write == Path::Rows;
-            if job.read == Path::Rows {
-                let source = job.x.span::<E>(from, classes).part(start, n);
-                if direct {
-                    emit_row(&setup, job, tile, slot, source, t, out.span::<E>(to, classes).part(start, n));
-                } else {
-                    emit_row(&setup, job, tile, slot, source, t, SpanMut::of(&mut block[..n]));
-                }
-            } else {
-                gather_logits(job, row, start, x, n, 1);
-                let source = Span::of(&x[..n]);
-                if direct {
-                    emit_row(&setup, job, tile, slot, source, t, out.span::<E>(to, classes).part(start, n));
-                } else {
-                    emit_row(&setup, job, tile, slot, source, t, SpanMut::of(&mut block[..n]));
-                }
-            }
-            if !direct {
-                if job.bend.is_some() {
-                    unbend(job, row, start, block, n, 1);
-                }
-                scatter(out, &job.classes, to, start, &block[..n], n, 1);
-            }
-        }
+        emit_row::<S, E, T>(&setup, job, out, row, row_of(job, tile, slot), way, &references[..], slot * blocks, buffers);
     }
+    fence(isa, job);
 }
 
 #[inline(always)]
-pub(super) fn reduce_row<S: Isa, E: Element<Acc = T>, T: Work, Src: Source<E>>(
-    setup: &Setup<S, T>,
-    job: &Job,
+fn fence<S: Isa>(isa: S, job: &Job) {
+    if job.past {
+        isa.fence();
+    }
+}
+
+fn row_of(job: &Job, tile: &Tile, slot: usize) -> Row {
+    let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
+    Row {
+        max: tile.max[slot],
+        reference: Reference { k: tile.k[slot], b: tile.b[slot] },
+        log_sum: tile.log_sum[slot],
+        a: tile.a[slot],
+        slope: if job.kind == Kind::Loss { tile.slope[slot] } else { 0.0 },
+        most,
+    }
+}
+
+/// Where the dense stream of a row comes from.
+struct Dense<'d, 'a, T> {
+    job: &'d Job<'a>,
     row: usize,
+    scratch: &'d mut [T],
+    shared: &'d [T],
+}
+
+#[inline(always)]
+fn reduce_row<S: Isa, E: Element<Acc = T>, T: Work, Src: Source<E>, B: Beside>(
+    setup: &Setup<S, T>,
+    dense: Dense<T>,
     x: &mut Src,
-    dense: &mut [T],
-    shared: &[T],
     dst: SpanMut<T>,
     references: &mut [Reference],
     known: &mut Known<S, T>,
     wanted: &mut Wanted,
+    beside: &mut B,
     store: bool,
 ) -> State {
+    let Dense { job, row, scratch, shared } = dense;
     let classes = job.classes.size;
     let fill: &mut dyn FnMut(usize, &mut [T]) = &mut |index, dst: &mut [T]| dense_row(job, row, index * rows::BLOCK, dst, dst.len(), 1);
     let mut stream = if !job.terms.dense {
@@ -148,18 +231,18 @@ pub(super) fn reduce_row<S: Isa, E: Element<Acc = T>, T: Work, Src: Source<E>>(
     } else if !job.own_dense() {
         Stream::Slice(Span::of(&shared[..classes]))
     } else {
-        Stream::Gathered(Gathered { fill, scratch: dense, classes })
+        Stream::Gathered(Gathered { fill, scratch, classes })
     };
     let t = &mut stream;
     match (job.terms.dense, store && E::DTYPE == T::DTYPE) {
-        (false, false) => rows::reduce::<S, E, T, _, false, false>(setup, classes, x, t, dst, references, known, wanted),
-        (false, true) => rows::reduce::<S, E, T, _, false, true>(setup, classes, x, t, dst, references, known, wanted),
-        (true, false) => rows::reduce::<S, E, T, _, true, false>(setup, classes, x, t, dst, references, known, wanted),
-        (true, true) => rows::reduce::<S, E, T, _, true, true>(setup, classes, x, t, dst, references, known, wanted),
+        (false, false) => rows::reduce::<S, E, T, _, _, false, false>(setup, classes, x, t, dst, references, known, wanted, beside),
+        (false, true) => rows::reduce::<S, E, T, _, _, false, true>(setup, classes, x, t, dst, references, known, wanted, beside),
+        (true, false) => rows::reduce::<S, E, T, _, _, true, false>(setup, classes, x, t, dst, references, known, wanted, &mut ()),
+        (true, true) => rows::reduce::<S, E, T, _, _, true, true>(setup, classes, x, t, dst, references, known, wanted, &mut ()),
     }
 }
 
-pub(super) fn dense_block<'b, T: Work>(job: &Job, row: usize, index: usize, dense: &'b mut [T], shared: &'b [T]) -> Span<'b, T> {
+fn dense_block<'b, T: Work>(job: &Job, row: usize, index: usize, dense: &'b mut [T], shared: &'b [T]) -> Span<'b, T> {
     let start = index * rows::BLOCK;
     let n = rows::BLOCK.min(job.classes.size - start);
     if job.kind != Kind::Loss || !job.terms.dense {
@@ -172,26 +255,67 @@ pub(super) fn dense_block<'b, T: Work>(job: &Job, row: usize, index: usize, dens
     }
 }
 
+/// Writes a row after it was finished.
 #[inline(always)]
-pub(super) fn emit_row<S: Isa, E: Element<Acc = T>, O: Element<Acc = T>, T: Work>(
+fn emit_row<S: Isa, E: Element<Acc = T>, T: Work>(
     setup: &Setup<S, T>,
     job: &Job,
-    tile: &Tile,
-    slot: usize,
-    x: Span<E>,
-    t: Span<T>,
-    dst: SpanMut<O>,
+    out: &Out,
+    row: usize,
+    values: Row,
+    way: Way,
+    references: &[Reference],
+    first: usize,
+    buffers: &mut Buffers<T>,
 ) {
-    if job.kind == Kind::LogSoftmax {
-        let (max, log_sum) = (T::from_f64(tile.max[slot]), T::from_f64(tile.log_sum[slot]));
-        rows::emit_log(setup.isa, x, max, T::from_f64(job.terms.scale), log_sum, dst);
-    } else {
-        let reference = Reference { k: tile.k[slot], b: tile.b[slot] };
-        rows::emit_exp(setup, reference, tile.max[slot], x, T::from_f64(tile.a[slot]), T::from_f64(tile.g[slot]), t, dst);
+    let classes = job.classes.size;
+    let (from, to) = (job.rows.offset(X, row), job.rows.offset(OUT, row));
+    for index in 0..classes.div_ceil(rows::BLOCK) {
+        let start = index * rows::BLOCK;
+        let n = rows::BLOCK.min(classes - start);
+        let Buffers { x, dense, shared, block } = buffers;
+        let t = dense_block(job, row, index, dense, shared);
+        if way != Way::Other {
+            let e = if way == Way::Stored { out.span::<T>(to, classes) } else { SpanMut::of(&mut []) };
+            let pending = Pending {
+                setup,
+                way,
+                row: values,
+                x: job.x.span::<E>(from, classes),
+                out: out.span::<E>(to, classes),
+                e,
+                references: references.get(first..).unwrap_or_default(),
+                past: job.past,
+            };
+            pending.emit(index, t);
+            continue;
+        }
+        // Not in place on at least one side: read into scratch, written from scratch.
+        let block = &mut block[..n];
+        let dst = SpanMut::of(block);
+        if job.read == Path::Rows {
+            emit_block(setup, job, &values, job.x.span::<E>(from, classes).part(start, n), t, dst);
+        } else {
+            gather_logits(job, row, start, x, n, 1);
+            emit_block(setup, job, &values, Span::of(&x[..n]), t, dst);
+        }
+        if job.bend.is_some() {
+            unbend(job, row, start, block, n, 1);
+        }
+        scatter(out, &job.classes, to, start, block, n, 1);
     }
 }
 
-pub(super) fn put(tile: &mut Tile, slot: usize, state: &State) {
+#[inline(always)]
+fn emit_block<S: Isa, E: Element<Acc = T>, T: Work>(setup: &Setup<S, T>, job: &Job, values: &Row, x: Span<E>, t: Span<T>, dst: SpanMut<T>) {
+    if job.kind == Kind::LogSoftmax {
+        setup.emit_log(values, x, dst, false);
+    } else {
+        setup.emit_exp(values, x, t, dst, false);
+    }
+}
+
+fn put(tile: &mut Tile, slot: usize, state: &State) {
     tile.max[slot] = state.max;
     tile.ties[slot] = state.ties;
     tile.arg[slot] = state.arg as f64;

@@ -8,6 +8,7 @@ use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Level};
 use crate::threads;
+use crate::tunables::tunables;
 
 use super::api::{Error, Exec};
 use super::by_columns;
@@ -20,6 +21,9 @@ use super::with_element;
 
 /// Elements per task: enough to be worth handing to another thread, and a function of the shape alone, so that the bits do not depend on the threads.
 pub(super) const TASK: usize = 1 << 15;
+
+/// Rows of so many bytes do not stay in the first cache in any number.
+const GROUP_FROM: usize = 1 << 14;
 
 /// What is computed of every row.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -73,6 +77,10 @@ pub(super) struct Job<'a> {
     pub(super) terms: Terms,
     /// A function of the shape alone.
     pub(super) rows_per_task: usize,
+    /// Whether results are written past the caches.
+    pub(super) past: bool,
+    /// Whether exponentials are then computed again rather than kept.
+    pub(super) recompute: bool,
 }
 
 impl<'a> Job<'a> {
@@ -151,6 +159,9 @@ impl<'a> Job<'a> {
         let tile_read = tile_path(x, X);
         let tile_write = out.map_or(tile_read, |out| tile_path(out.array(), OUT));
         let tile_probs = probs.map_or(tile_read, |probs| tile_path(probs, PROBS));
+        // Written past the caches what would only push out what is yet to be read; not in place, where the lines are at hand.
+        let bytes = x.size() * x.dtype().size();
+        let past = out.is_some_and(|out| out.array().ptr != x.ptr) && 2 * bytes >= tunables().stream_from;
         let per_row = TASK / classes.size.max(1);
         let rows_per_task = if per_row >= WIDTH { per_row / WIDTH * WIDTH } else { per_row.max(1) };
         let rows_per_task = if by_rows { rows_per_task } else { rows_per_task.max(WIDTH) };
@@ -187,6 +198,8 @@ impl<'a> Job<'a> {
                 loss: kind == Kind::Loss,
             },
             rows_per_task,
+            past,
+            recompute: tunables().recompute != 0,
         })
     }
 
@@ -260,7 +273,9 @@ where
         let mut sum = Pair::default();
         let mut kept = [0; WIDTH];
         // Rows that are finished together stay in the cache until they are written.
-        let group = (TASK / 2 / job.classes.size).clamp(1, 16);
+        let bytes = job.classes.size * size_of::<E>();
+        let group = if job.out.is_some() && bytes < GROUP_FROM { (tunables().group_bytes / bytes.max(1)).clamp(1, 16) } else { 16 };
+        let mut known = None;
         let mut row = first;
         while row < last {
             let mut n = 0;
@@ -274,7 +289,8 @@ where
             }
             let kept = &kept[..n];
             if n > 0 {
-                work_rows::<S, E, E::Acc>(isa, job, kept, scratch);
+                let next = (row..last).find(|&row| job.kept(row));
+                work_rows::<S, E, E::Acc>(isa, job, kept, next, &mut known, scratch);
             }
             settle(job, start, row, kept, &scratch.tile, &mut sum);
         }

@@ -15,11 +15,10 @@ use crate::memory;
 use crate::ops::{Error, Exec};
 use crate::simd::Level;
 use crate::threads;
+use crate::tunables::tunables;
 
 /// Calls on fewer elements keep the GIL: they end before another thread could be scheduled.
 const DETACH_FROM: usize = 1 << 14;
-/// Calls on fewer elements run on the calling thread, whatever the settings say, and do not look them up.
-const THREADS_FROM: usize = 1 << 16;
 /// More threads than this are never asked for, whatever the settings say.
 const MOST_THREADS: usize = 1024;
 
@@ -58,7 +57,7 @@ pub(super) fn run<T: Send>(
     elements: usize,
     work: impl FnOnce(&Exec) -> Result<T, Error> + Send,
 ) -> PyResult<Result<T, Error>> {
-    let threads = if elements < THREADS_FROM { 1 } else { number_of_threads(py)?.0.min(MOST_THREADS) };
+    let threads = if elements < tunables().threads_from { 1 } else { number_of_threads(py)?.0.min(MOST_THREADS) };
     let exec = Exec { level: level(), threads };
     Ok(if elements < DETACH_FROM { work(&exec) } else { py.detach(|| work(&exec)) })
 }
@@ -257,10 +256,12 @@ pub(super) fn config(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     cache.set_item("from", from)?;
     cache.set_item("kept", memory::kept())?;
 
-    let tunables = PyDict::new(py);
-    tunables.set_item("release the GIL from elements", DETACH_FROM)?;
-    tunables.set_item("use threads from elements", THREADS_FROM)?;
-    tunables.set_item("recycle results from bytes", memory::RECYCLE_FROM)?;
+    let tunables_dict = PyDict::new(py);
+    tunables_dict.set_item("release the GIL from elements", DETACH_FROM)?;
+    for (name, value) in tunables().entries() {
+        tunables_dict.set_item(name, value)?;
+    }
+    tunables_dict.set_item("recycle results from bytes", memory::RECYCLE_FROM)?;
 
     let build = PyDict::new(py);
     build.set_item("rustc", option_env!("CROSSENT_RUSTC").unwrap_or("unknown"))?;
@@ -272,7 +273,7 @@ pub(super) fn config(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     all.set_item("simd", simd)?;
     all.set_item("threads", threading)?;
     all.set_item("result memory", cache)?;
-    all.set_item("tunables", tunables)?;
+    all.set_item("tunables", tunables_dict)?;
     all.set_item("build", build)?;
     Ok(all)
 }

@@ -57,6 +57,7 @@ impl Isa for Avx2 {
     type F32 = F32x8;
     type F64 = F64x4;
     const LEVEL: Level = Level::Avx2;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     fn widen(self, v: F32x8) -> (F64x4, F64x4) {

@@ -62,6 +62,7 @@ impl Isa for Avx512 {
     type F32 = F32x16;
     type F64 = F64x8;
     const LEVEL: Level = Level::Avx512;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     fn widen(self, v: F32x16) -> (F64x8, F64x8) {

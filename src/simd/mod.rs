@@ -179,6 +179,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     type F64: Vector<Isa = Self, Elem = f64>;
     /// The value of this token.
     const LEVEL: Level;
+    /// Vectors that a loop may keep in registers.
+    const REGISTERS: usize;
 
     /// Lanes `0..F64::LANES` and the rest of `v`, widened. With one lane the second result is zero.
     fn widen(self, v: Self::F32) -> (Self::F64, Self::F64);

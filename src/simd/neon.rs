@@ -53,6 +53,7 @@ impl Isa for Neon {
     type F32 = F32x4;
     type F64 = F64x2;
     const LEVEL: Level = Level::Neon;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     fn widen(self, v: F32x4) -> (F64x2, F64x2) {

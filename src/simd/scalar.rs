@@ -27,6 +27,7 @@ impl Isa for Scalar {
     type F32 = F32x1;
     type F64 = F64x1;
     const LEVEL: Level = Level::Scalar;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     fn widen(self, v: F32x1) -> (F64x1, F64x1) {
