@@ -79,8 +79,6 @@ def main() -> int:
         f"Load at the start: {load()}.",
     ]
     print("\n".join(heading))
-    if not limits.own_loops():
-        print("memory limits: NumPy stands in for the core's loops")
     for line in absent:
         print(f"absent: {line}")
 
@@ -94,7 +92,7 @@ def main() -> int:
                 place, scratch = np.zeros_like(case.x), np.zeros_like(case.x)
                 ways = ours.our_ways(case, place)
                 if case.x.nbytes >= 2**20:
-                    ways += limits.limit_ways(case.x, scratch, threads)
+                    ways += limits.limit_ways(case.x, scratch)
                 if dtype == "float32" and threads == most:
                     if shape in [(8192, 1000), (1024, 32000)]:
                         ways += ours.layout_ways(case, place) + ours.ignored_ways(case, place)
@@ -145,7 +143,7 @@ def main() -> int:
     if not args.quick and not args.no_write:
         path = ROOT / "docs" / "benchmarks.md"
         path.parent.mkdir(exist_ok=True)
-        report.write(path, results, verdicts, max(thread_counts), heading, list(failures), own_loops=limits.own_loops())
+        report.write(path, results, verdicts, max(thread_counts), heading, list(failures))
         print(f"written: {path.relative_to(ROOT)}")
     return 0
 

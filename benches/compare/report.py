@@ -123,16 +123,13 @@ def plots(results: Results, threads: int, folder: Path) -> list[str]:
     return files
 
 
-def write(
-    path: Path, results: Results, verdicts: list[Verdict], threads: int, heading: list[str], failed: list[str], *, own_loops: bool
-) -> None:
+def write(path: Path, results: Results, verdicts: list[Verdict], threads: int, heading: list[str], failed: list[str]) -> None:
     pictures = plots(results, threads, path.parent / "benchmarks")
-    limits = "plain loops of the core" if own_loops else "NumPy's loops in threads of their own"
     method = (
         "All ways of a shape are called in turn, round by round, in one process; times are medians. Every answer was compared with "
         "float64 before anything was timed. PyTorch stands for PyTorch as users call it; *PyTorch warm* is the same in a process whose "
         "allocator keeps its memory. A multiple above 1 means that crossent is faster. The memory limits are "
-        f"{limits} over the same array."
+        "plain loops of the core over the same array."
     )
     text = [
         "# Benchmarks",

@@ -3,6 +3,7 @@ from typing import Any, SupportsIndex
 
 __all__ = [
     "__version__",
+    "bandwidth",
     "check_num_threads",
     "clear_cache",
     "config",
@@ -27,6 +28,7 @@ __all__ = [
 __version__: str
 threads_var: ContextVar[int | None]
 
+def bandwidth(kind: str, src: object, dst: object, /) -> None: ...
 def logsumexp(x: object, axis: object, keepdims: object, out: object, /) -> Any: ...
 def softmax(x: object, axis: object, out: object, /) -> Any: ...
 def log_softmax(x: object, axis: object, out: object, /) -> Any: ...

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod bandwidth;
 mod by_columns;
 mod by_rows;
 mod entry;
@@ -14,6 +15,7 @@ mod targets;
 mod vjp;
 
 pub use api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
+pub use bandwidth::{Traffic, bandwidth};
 pub use entry::{cross_entropy, log_softmax, logsumexp, softmax};
 pub use vjp::{log_softmax_vjp, nll_loss, softmax_vjp};
 

@@ -9,10 +9,12 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple};
 
+use super::arrays::{Accept, view};
 use super::errors::value_error;
 use super::options;
+use super::results::Output;
 use crate::memory;
-use crate::ops::{Error, Exec};
+use crate::ops::{self, Error, Exec, Traffic};
 use crate::simd::Level;
 use crate::threads;
 use crate::tunables::tunables;
@@ -217,6 +219,23 @@ pub(super) fn set_cache_limit(py: Python<'_>, n: &Bound<'_, PyAny>) -> PyResult<
 #[pyfunction]
 pub(super) fn clear_cache(py: Python<'_>) {
     py.detach(memory::clear);
+}
+
+/// One pass of a kind over flat float32 arrays of one length, as the benchmarks measure what the memory allows.
+#[pyfunction]
+#[pyo3(signature = (kind, src, dst, /))]
+pub(super) fn bandwidth(py: Python<'_>, kind: &str, src: &Bound<'_, PyAny>, dst: &Bound<'_, PyAny>) -> PyResult<()> {
+    let traffic = match kind {
+        "read" => Traffic::Read,
+        "copy" => Traffic::Copy,
+        "stream" => Traffic::Stream,
+        "rewrite" => Traffic::Rewrite,
+        _ => return Err(value_error(format!("kind must be 'read', 'copy', 'stream' or 'rewrite', got {kind:?}"))),
+    };
+    let src = view(src, "src", Accept::Floats)?;
+    let dst = Output::given(dst, src.shape(), src.dtype(), false, &[("src", &src)])?;
+    let (array, out) = (src.array(), dst.out());
+    run(py, array.size(), |exec| ops::bandwidth(exec, traffic, array, out))?.map_err(|error| value_error(error.to_string()))
 }
 
 /// What `show_config` shows.

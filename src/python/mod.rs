@@ -22,7 +22,8 @@ mod core_module {
 
     #[pymodule_export]
     use super::config::{
-        check_num_threads, clear_cache, config, get_num_threads, set_cache_limit, set_num_threads, set_simd_level, simd_level, simd_levels,
+        bandwidth, check_num_threads, clear_cache, config, get_num_threads, set_cache_limit, set_num_threads, set_simd_level, simd_level,
+        simd_levels,
     };
     #[pymodule_export]
     use super::losses::{cross_entropy, cross_entropy_with_grad, nll_loss, nll_loss_with_grad};
