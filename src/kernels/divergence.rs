@@ -33,8 +33,8 @@ const EXCESS: f64 = 8.0;
 pub struct Divergence<S: Isa, T: Summand> {
     p: Softmax<S, T>,
     q: Softmax<S, T>,
-    /// d = (max p − max q) + z; not finite while there is none.
-    z: f64,
+    /// d; not finite while there is none.
+    d: Pair,
     /// Σ e·φ(t).
     gap: Wide<S>,
     gap_extra: Pair,
@@ -67,7 +67,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         Self {
             p: row,
             q: row,
-            z: f64::NAN,
+            d: Pair { hi: f64::NAN, lo: 0.0 },
             gap: zero,
             gap_extra: Pair::default(),
             tilt: zero,
@@ -90,38 +90,31 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
             self.gap_extra.scale(factor);
             self.tilt.scale(isa, factor);
             self.tilt_extra.scale(factor);
-            self.z -= growth;
             leap = growth * scale > LEAP;
         }
-        if let Some(Raised { growth, .. }) = q_raised {
+        if q_raised.is_some() {
             ties[1] = 0.0;
-            self.z += growth;
         }
-        let fresh = !self.z.is_finite();
-        let mut z = self.z;
-        if fresh || leap {
+        let fresh = !self.d.value().is_finite();
+        let guess = fresh || leap || self.above() * scale > EXCESS;
+        let d = if guess {
             // d of the class that has P's maximum, unless Q all but excludes it.
             let y = if self.p.arg >= start && self.p.arg - start < x[1].len() { x[1].get(self.p.arg - start).to_acc() } else { T::NEG_INF };
-            let lower = self.q.max.to_f64() - y.to_f64();
-            z = if lower * scale <= EXCESS { lower } else { 0.0 };
-        } else if z * scale > EXCESS {
-            z = 0.0;
+            let near = (self.q.max.to_f64() - y.to_f64()) * scale <= EXCESS;
+            difference(self.p.max.to_f64(), if near { y.to_f64() } else { self.q.max.to_f64() })
         } else if (start / BLOCK).is_power_of_two() {
-            z = self.centre(constants, ties);
-        }
-        if fresh {
-            self.z = z;
-        } else if z != self.z {
-            self.shift(constants, z, ties);
-        }
+            self.centre(constants, ties)
+        } else {
+            self.d
+        };
+        self.shift(constants, d, ties, start, fresh);
         let before = *self;
         let mut done = self.sum(constants, x, next);
-        if start == 0 && done {
-            // Before the first block d was a guess.
-            let z = self.centre(constants, [self.p.ties, self.q.ties]);
-            if z != self.z && z.is_finite() {
+        if guess && done {
+            let d = self.centre(constants, [self.p.ties, self.q.ties]);
+            if d != self.d {
                 *self = before;
-                self.z = z;
+                self.shift(constants, d, ties, start, false);
                 done = self.sum(constants, x, next);
             }
         }
@@ -133,15 +126,29 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
 
     /// Σ exp of P and of Q, with so many of the maxima.
     #[inline(always)]
-    fn masses(&self, scale: f64, ties: [f64; 2]) -> [f64; 2] {
-        [self.p.rest().value() + ties[0] * self.p.top(scale), self.q.rest().value() + ties[1] * self.q.top(scale)]
+    fn masses(&self, ties: [f64; 2]) -> [f64; 2] {
+        [self.p.rest().value() + ties[0] * self.p.top, self.q.rest().value() + ties[1] * self.q.top]
+    }
+
+    /// By how much Q's maximum, moved by d, lies above P's.
+    #[inline(always)]
+    fn above(&self) -> f64 {
+        let between = difference(self.p.max.to_f64(), self.q.max.to_f64());
+        (self.d.hi - between.hi) + (self.d.lo - between.lo)
     }
 
     /// e^d between the references.
     #[inline(always)]
-    fn factor(&self, scale: f64, z: f64) -> f64 {
-        let above = |row: &Softmax<S, T>| row.max.to_f64() - row.reference.b;
-        exp_f64((above(&self.p) - above(&self.q) + z) * scale, self.p.reference.k - self.q.reference.k)
+    fn factor(&self, scale: f64) -> f64 {
+        let k = self.p.reference.k - self.q.reference.k;
+        if self.p.reference.b == 0.0 && self.q.reference.b == 0.0 {
+            // What d·scale does not fit into one number multiplies the exponential.
+            let x = self.d.hi * scale;
+            let lost = self.d.hi.mul_add(scale, -x) + self.d.lo * scale;
+            return exp_f64(x, k) * (1.0 + lost);
+        }
+        let [p, q] = [&self.p, &self.q].map(|row| row.max.to_f64() - row.reference.b);
+        exp_f64(((p - q) + self.above()) * scale, k)
     }
 
     #[inline(always)]
@@ -158,36 +165,45 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         sum.value()
     }
 
-    /// The z for which W would be 0, or the present one if that is near enough.
+    /// The d for which W would be 0, or the present one if that is near enough.
     #[inline(always)]
-    fn centre(&self, constants: &Constants<S, T>, ties: [f64; 2]) -> f64 {
-        let [p, q] = self.masses(constants.scale, ties);
+    fn centre(&self, constants: &Constants<S, T>, ties: [f64; 2]) -> Pair {
+        let [p, q] = self.masses(ties);
         let w = (self.gap() - self.tilt()) / p;
         if w.abs() <= OFF {
-            return self.z;
+            return self.d;
         }
-        let ratio = if w.abs() <= 0.5 { 1.0 + w } else { q * self.factor(constants.scale, self.z) / p };
-        let z = self.z - ln(ratio) / constants.scale;
-        if z.is_finite() { z } else { self.z }
+        let ratio = if w.abs() <= 0.5 { 1.0 + w } else { q * self.factor(constants.scale) / p };
+        let mut d = self.d;
+        d.add(-ln(ratio) / constants.scale);
+        if d.value().is_finite() { d } else { self.d }
     }
 
-    /// Moves d by η: φ(t − η) = e^η·φ(t) − (e^η − 1)·t + (e^η − 1 − η).
+    /// Moves d by η: φ(t − η) = e^η·φ(t) − (e^η − 1)·t + (e^η − 1 − η). A first d, or one far away, takes the sums from the masses.
     #[inline(always)]
-    fn shift(&mut self, constants: &Constants<S, T>, z: f64, ties: [f64; 2]) {
-        let isa = constants.isa;
-        let eta = (z - self.z) * constants.scale;
-        let [p, q] = self.masses(constants.scale, ties);
-        let tilt = self.tilt();
-        self.z = z;
-        self.tilt_extra.add(-eta * p);
+    fn shift(&mut self, constants: &Constants<S, T>, d: Pair, ties: [f64; 2], start: usize, first: bool) {
+        let eta = ((d.hi - self.d.hi) + (d.lo - self.d.lo)) * constants.scale;
+        if eta == 0.0 {
+            return;
+        }
+        if start == 0 {
+            self.d = d;
+            return;
+        }
+        let [p, q] = self.masses(ties);
+        let tilt = if first { 0.0 } else { self.tilt() };
+        self.d = d;
         if eta.abs() <= 1.0 {
             let more = less_linear(eta);
-            self.gap.scale(isa, 1.0 + (more + eta));
+            self.gap.scale(constants.isa, 1.0 + (more + eta));
             self.gap_extra.scale(1.0 + (more + eta));
             self.gap_extra.add(p * more - (more + eta) * tilt);
+            self.tilt_extra.add(-eta * p);
         } else {
-            self.gap = Wide::zero(isa);
-            self.gap_extra = Pair { hi: (q * self.factor(constants.scale, z) - p) + self.tilt(), lo: 0.0 };
+            let tilt = if p == 0.0 { 0.0 } else { tilt - eta * p };
+            let moved = if q == 0.0 { 0.0 } else { q * self.factor(constants.scale) };
+            (self.gap, self.tilt) = (Wide::zero(constants.isa), Wide::zero(constants.isa));
+            (self.gap_extra, self.tilt_extra) = (Pair { hi: (moved - p) + tilt, lo: 0.0 }, Pair { hi: tilt, lo: 0.0 });
         }
     }
 
@@ -199,14 +215,10 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         if !(self.p.near() && self.q.near()) {
             return false;
         }
-        let d = (self.p.max.to_f64() - self.q.max.to_f64()) + self.z;
-        let d = if d.is_finite() { d } else { 0.0 };
-        let hi = T::from_f64(d);
-        let shift = Shift {
-            hi: Vf::<S, T>::splat(isa, hi),
-            lo: splat::<S, T>(isa, d - hi.to_f64()),
-            c: splat::<S, T>(isa, self.factor(constants.scale, self.z)),
-        };
+        // Without one, P or Q has no mass yet.
+        let (d, c) = if self.d.value().is_finite() { (self.d, self.factor(constants.scale)) } else { (Pair::default(), 0.0) };
+        let hi = T::from_f64(d.hi);
+        let shift = Shift { hi: Vf::<S, T>::splat(isa, hi), lo: splat::<S, T>(isa, (d.hi - hi.to_f64()) + d.lo), c: splat::<S, T>(isa, c) };
         let ahead = if let [Some(p), Some(q)] = next { Some([p, q]) } else { None };
         let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
         let mut tops = [lowest; 2];
@@ -235,7 +247,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
     #[inline(never)]
     fn careful<E: Element<Acc = T>>(&mut self, constants: &Constants<S, T>, x: [Span<E>; 2]) {
         let scale = constants.scale;
-        let c = self.factor(scale, self.z);
+        let (c, above) = (self.factor(scale), self.above());
         let tops = [self.p.max.to_f64(), self.q.max.to_f64()];
         (self.p.known, self.q.known) = (None, None);
         for i in 0..x[0].len() {
@@ -247,7 +259,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
             if q != tops[1] {
                 self.q.rest_extra.add(e[1]);
             }
-            let t = (((p - tops[0]) - (q - tops[1])) - self.z) * scale;
+            let t = (((p - tops[0]) - (q - tops[1])) - above) * scale;
             if q == f64::NEG_INFINITY && p > f64::NEG_INFINITY {
                 self.infinite = true;
             } else if e[0] == 0.0 {
@@ -263,8 +275,8 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
     #[inline(always)]
     pub fn finish(&self, constants: &Constants<S, T>) -> (f64, Slope<S, T>) {
         let scale = constants.scale;
-        let (p_total, q_total) = (self.p.total(scale), self.q.total(scale));
-        let [p, q] = self.masses(scale, [self.p.ties, self.q.ties]);
+        let (p_total, q_total) = (self.p.total(), self.q.total());
+        let [p, q] = self.masses([self.p.ties, self.q.ties]);
         let (g, m) = (self.gap() / p, self.tilt() / p);
         let w = g - m;
         let kl = if !(p_total.valid && q_total.valid) {
@@ -274,7 +286,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         } else if w.abs() <= 0.25 {
             g - excess(w)
         } else {
-            m + ln(q * self.factor(scale, self.z) / p)
+            m + ln(q * self.factor(scale) / p)
         };
         let [r, s] = [p_total.others, q_total.others];
         let top = if p_total.arg == q_total.arg { Some((r - s) / ((1.0 + r) * (1.0 + s))) } else { None };
@@ -410,29 +422,52 @@ fn add<S: Isa, T: Real>(
     sums.gap = sums.gap + Vf::<S, T>::select(t.eq(infinity), infinity, gap);
 }
 
+/// a − b and what its rounding lost.
+#[inline(always)]
+fn difference(a: f64, b: f64) -> Pair {
+    let mut pair = Pair { hi: a, lo: 0.0 };
+    pair.add(-b);
+    pair
+}
+
+/// 1/n!, and 1/n.
+const FACTORIAL: [f64; 21] = {
+    let mut inverse = [1.0; 21];
+    let mut n = 1;
+    while n < inverse.len() {
+        inverse[n] = inverse[n - 1] / n as f64;
+        n += 1;
+    }
+    inverse
+};
+const HARMONIC: [f64; 28] = {
+    let mut inverse = [1.0; 28];
+    let mut n = 2;
+    while n < inverse.len() {
+        inverse[n] = 1.0 / n as f64;
+        n += 1;
+    }
+    inverse
+};
+
 /// e^x − 1 − x.
+#[inline(always)]
 fn less_linear(x: f64) -> f64 {
     if x.abs() > 1.0 {
         return exp_f64(x, 0.0) - 1.0 - x;
     }
-    // Σ x^n/n! from n = 2, by Horner's rule: 1/20! is 2^-61.
-    let mut sum = 1.0;
-    for n in (3..=20).rev() {
-        sum = 1.0 + sum * x / f64::from(n);
-    }
-    sum * x * x / 2.0
+    // Σ x^n/n! from n = 2: 1/21! is 2^-65.
+    FACTORIAL[2..].iter().rev().fold(0.0, |sum: f64, &c| sum * x + c) * x * x
 }
 
-/// w − log(1 + w) for |w| <= 1/4: Σ (−w)^n/n from n = 2; (1/4)^27 is 2^-54.
+/// w − log(1 + w) for |w| <= 1/4: w²·Σ (−w)^n/(n + 2); (1/4)^26 is 2^-52 of the first term.
+#[inline(always)]
 fn excess(w: f64) -> f64 {
-    let mut sum = 0.0;
-    for n in (2..=27).rev() {
-        sum = 1.0 / f64::from(n) - w * sum;
-    }
-    sum * w * w
+    HARMONIC[2..].iter().rev().fold(0.0, |sum: f64, &c| c - sum * w) * w * w
 }
 
 /// The logarithm of a number that is not negative.
+#[inline(always)]
 fn ln(x: f64) -> f64 {
     if x >= 1.0 { ln_1p(x - 1.0) } else { -ln_1p((1.0 - x) / x) }
 }

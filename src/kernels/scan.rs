@@ -64,6 +64,8 @@ pub(super) struct Softmax<S: Isa, T: Summand> {
     pub(super) ties: f64,
     pub(super) arg: usize,
     pub(super) reference: Reference,
+    /// The exponential of the maximum.
+    pub(super) top: f64,
     pub(super) at: Lanes<Vf<S, T>>,
     /// Σ exp of the other classes.
     pub(super) rest: Wide<S>,
@@ -81,6 +83,7 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
             ties: 0.0,
             arg: 0,
             reference,
+            top: 0.0,
             at: constants.lanes(reference, T::NEG_INF),
             rest: Wide::zero(constants.isa),
             rest_extra: Pair::default(),
@@ -126,8 +129,9 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
             self.rest.scale(constants.isa, raised.factor);
             self.rest_extra.scale(raised.factor);
             // The old maxima join the rest.
-            self.rest_extra.add(self.ties * exp_f64((self.max.to_f64() - moved.b) * constants.scale, moved.k));
+            self.rest_extra.add(self.ties * self.top * raised.factor);
         }
+        self.top = exp_f64((max.to_f64() - moved.b) * constants.scale, moved.k);
         (self.max, self.ties, self.reference) = (max, 0.0, moved);
         self.at = constants.lanes(moved, max);
         raised
@@ -147,19 +151,12 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
         sum
     }
 
-    /// The exponential of the maximum.
     #[inline(always)]
-    pub(super) fn top(&self, scale: f64) -> f64 {
-        exp_f64((self.max.to_f64() - self.reference.b) * scale, self.reference.k)
-    }
-
-    #[inline(always)]
-    pub(super) fn total(&self, scale: f64) -> Total {
+    pub(super) fn total(&self) -> Total {
         let (max, rest) = (self.max.to_f64(), self.rest().value());
-        let top = self.top(scale);
-        let others = (self.ties - 1.0) + rest / top;
+        let others = (self.ties - 1.0) + rest / self.top;
         let valid = max.is_finite() && !rest.is_nan();
-        Total { max, ties: self.ties, arg: self.arg, valid, nan: rest.is_nan(), others, log_sum: ln_1p(others), top }
+        Total { max, arg: self.arg, valid, nan: rest.is_nan(), others }
     }
 }
 
@@ -168,8 +165,6 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
 pub struct Total {
     /// Largest logit.
     pub max: f64,
-    /// How many classes have it.
-    pub ties: f64,
     /// The first class that has it.
     pub arg: usize,
     /// False for a row without a softmax: all −inf, a +inf or a NaN.
@@ -178,36 +173,39 @@ pub struct Total {
     pub nan: bool,
     /// Σ exp(x − max) without one maximum.
     pub others: f64,
-    /// log Σ exp(x − max).
-    pub log_sum: f64,
-    /// The exponential of the maximum relative to the reference.
-    pub(super) top: f64,
 }
 
 impl Total {
+    /// log Σ exp(x − max).
+    #[inline(always)]
+    pub fn log_sum(&self) -> f64 {
+        ln_1p(self.others)
+    }
+
     /// log Σ exp(x), also of rows without a softmax.
-    pub fn logsumexp(&self, scale: f64) -> f64 {
+    pub fn logsumexp(&self, log_sum: f64) -> f64 {
         if self.nan {
             f64::NAN
         } else if self.max.is_finite() {
-            self.max * scale + self.log_sum
+            self.max + log_sum
         } else {
             self.max
         }
     }
 
     /// The log-probability of a logit, in an order that keeps the digits of a confident row.
-    pub fn log_prob(&self, x: f64) -> f64 {
-        if self.valid { (x - self.max) - self.log_sum } else { f64::NAN }
+    pub fn log_prob(&self, x: f64, log_sum: f64) -> f64 {
+        if self.valid { (x - self.max) - log_sum } else { f64::NAN }
     }
 }
 
 /// `log(1 + r)` for r >= 0.
+#[inline(always)]
 pub(super) fn ln_1p(r: f64) -> f64 {
     lanes::<Scalar, f64>(log1p(Scalar, <f64 as Float>::V::<Scalar>::splat(Scalar, r)))[0]
 }
 
-/// A row and, with SPREAD, Σ p·(max − x).
+/// A row of logits as they are (scale 1) and, with SPREAD, Σ p·(max − x).
 #[derive(Clone, Copy)]
 pub struct Scan<S: Isa, T: Summand> {
     softmax: Softmax<S, T>,
@@ -268,14 +266,18 @@ impl<S: Isa, T: Summand> Scan<S, T> {
         top
     }
 
-    /// The row, and its entropy where SPREAD was asked for: log S + Σ p·(max − x), of which no term is negative.
+    /// The row.
     #[inline(always)]
-    pub fn finish(&self, constants: &Constants<S, T>) -> (Total, f64) {
-        let total = self.softmax.total(constants.scale);
+    pub fn total(&self) -> Total {
+        self.softmax.total()
+    }
+
+    /// The entropy, where SPREAD was asked for: log S + Σ p·(max − x), of which no term is negative.
+    #[inline(always)]
+    pub fn entropy(&self, total: &Total, log_sum: f64) -> f64 {
         let mut spread = T::total(self.spread);
         spread.merge(self.spread_extra);
-        let entropy = total.log_sum + spread.value() / ((1.0 + total.others) * total.top) * constants.scale;
-        (total, if total.valid { entropy } else { f64::NAN })
+        if total.valid { log_sum + spread.value() / ((1.0 + total.others) * self.softmax.top) } else { f64::NAN }
     }
 }
 
@@ -433,7 +435,7 @@ impl<T> Default for Largest<T> {
 impl<T: Float> Largest<T> {
     /// Begins a row. False where there is no memory.
     pub fn begin(&mut self, k: usize) -> bool {
-        (self.k, self.room, self.threshold) = (k, k.saturating_add(k.max(256)), None);
+        (self.k, self.room, self.threshold) = (k, k.saturating_add(k.max(64)), None);
         self.found.clear();
         // A block is looked at vector by vector: one more of them than there is room for.
         self.found.try_reserve(self.room.saturating_add(16)).is_ok()

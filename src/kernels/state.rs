@@ -59,6 +59,7 @@ fn scalar<T: Real>(v: Vf<Scalar, T>) -> f64 {
 }
 
 /// `exp(x)·2^−k` in float64, 0 where it is tiny.
+#[inline(always)]
 pub fn exp_f64(x: f64, k: f64) -> f64 {
     let exp = Exp::<Vf<Scalar, f64>>::new(Scalar, 1.0);
     let low = -1100.0 + k.min(0.0);
@@ -197,7 +198,7 @@ impl Summand for f64 {
 }
 
 /// An unevaluated sum of two float64.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Pair {
     /// Leading part.
     pub hi: f64,

@@ -10,6 +10,8 @@ use super::source::gather;
 
 /// Rows that are read together when a tile is copied: their elements of one class fill a cache line or more.
 pub(super) const TILE: usize = 32;
+/// From one row of a tile to the next: not a power of two, or all of them would compete for the same lines of the cache.
+const PITCH: usize = BLOCK + 16;
 
 /// The rows and the one class axis of a call, with the same operands in both.
 pub(super) struct Layout {
@@ -77,17 +79,17 @@ impl<'a> Operand<'a> {
         self.array.span::<E>(self.layout.rows.offset(self.index, row), self.layout.classes.size)
     }
 
-    /// Copies `len` classes from `start` on of `n` rows from `row` on to `dst[slot * BLOCK..]`.
+    /// Copies `len` classes from `start` on of `n` rows from `row` on to `dst[slot * PITCH..]`.
     pub(super) fn copy<T: FromNumber>(&self, row: usize, n: usize, start: usize, len: usize, dst: &mut [T]) {
         let Layout { classes, rows } = self.layout;
         if self.way == Way::Tile {
             let (base, step) = (rows.offset(self.index, row), classes.inner_stride(self.index));
             for i in 0..len {
-                self.array.read(base + (start + i) as isize * step, rows.inner_stride(self.index), n, &mut dst[i..], BLOCK);
+                self.array.read(base + (start + i) as isize * step, rows.inner_stride(self.index), n, &mut dst[i..], PITCH);
             }
         } else {
             for slot in 0..n {
-                gather(self.array, self.index, classes, rows.offset(self.index, row + slot), start, &mut dst[slot * BLOCK..], len, 1);
+                gather(self.array, self.index, classes, rows.offset(self.index, row + slot), start, &mut dst[slot * PITCH..], len, 1);
             }
         }
     }
@@ -127,12 +129,12 @@ pub(super) struct Copied<'s, T>(pub(super) &'s mut Vec<T>);
 impl<T: Work> Feed<T> for Copied<'_, T> {
     #[inline(always)]
     fn load(&mut self, x: &Operand, row: usize, n: usize, start: usize, len: usize) {
-        x.copy(row, n, start, len, room(self.0, TILE * BLOCK));
+        x.copy(row, n, start, len, room(self.0, TILE * PITCH));
     }
 
     #[inline(always)]
     fn block<'a>(&'a self, _x: &Operand<'a>, _row: usize, slot: usize, _start: usize, len: usize) -> (Span<'a, T>, Option<Span<'a, T>>) {
-        (Span::of(&self.0[slot * BLOCK..slot * BLOCK + len]), None)
+        (Span::of(&self.0[slot * PITCH..slot * PITCH + len]), None)
     }
 }
 

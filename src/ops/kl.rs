@@ -203,12 +203,13 @@ fn work<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(
     buffer: &mut Vec<T>,
 ) -> Pair {
     let constants = Constants::<S, T>::new(isa, job.scale);
+    let empty = Divergence::new(&constants);
     let classes = job.layout.classes.size;
     let mut sum = Pair::default();
     let mut row = first;
     while row < last {
         let n = N.min(job.layout.together(job.is_tiled(), row, last));
-        let mut rows: [Divergence<S, T>; N] = [Divergence::new(&constants); N];
+        let mut rows: [Divergence<S, T>; N] = [empty; N];
         for start in (0..classes).step_by(BLOCK) {
             let len = BLOCK.min(classes - start);
             for (feed, x) in feeds.iter_mut().zip(&job.x) {

@@ -100,11 +100,11 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn put(&self, row: usize, x: f64, total: &Total, entropy: f64, rank: usize) {
+    fn put(&self, row: usize, x: f64, total: &Total, log_sum: f64, entropy: f64, rank: usize) {
         let token = self.class[row];
         let argmax = if total.nan { self.first_nan(row) } else { total.arg };
-        self.logprob.set(self.layout, row, total.log_prob(x));
-        self.logsumexp.set(self.layout, row, total.logsumexp(1.0));
+        self.logprob.set(self.layout, row, total.log_prob(x, log_sum));
+        self.logsumexp.set(self.layout, row, total.logsumexp(log_sum));
         self.argmax.set_int(self.layout, row, argmax as i64);
         self.greedy.set_int(self.layout, row, i64::from(argmax as i64 == token));
         if let Some(out) = &self.entropy {
@@ -169,6 +169,7 @@ fn score<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const SPREAD: bool, c
     mut feed: F,
 ) {
     let constants = Constants::<S, T>::new(isa, 1.0);
+    let empty = Scan::new(&constants);
     let classes = job.layout.classes.size;
     let mut row = first;
     while row < last {
@@ -181,7 +182,7 @@ fn score<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const SPREAD: bool, c
                 any = true;
             }
         }
-        let mut scans: [Scan<S, T>; N] = [Scan::new(&constants); N];
+        let mut scans: [Scan<S, T>; N] = [empty; N];
         for start in (0..if any { classes } else { 0 }).step_by(BLOCK) {
             let len = BLOCK.min(classes - start);
             feed.load(&job.x, row, n, start, len);
@@ -197,8 +198,10 @@ fn score<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const SPREAD: bool, c
             if job.class[row + slot] == NONE {
                 job.ignore(row + slot);
             } else {
-                let (total, entropy) = scans[slot].finish(&constants);
-                job.put(row + slot, logit[slot].to_f64(), &total, entropy, rank[slot]);
+                let total = scans[slot].total();
+                let log_sum = total.log_sum();
+                let entropy = if SPREAD { scans[slot].entropy(&total, log_sum) } else { 0.0 };
+                job.put(row + slot, logit[slot].to_f64(), &total, log_sum, entropy, rank[slot]);
             }
         }
         row += n;

@@ -97,12 +97,14 @@ where
 #[inline(always)]
 fn search<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(isa: S, job: &Job, first: usize, last: usize, mut feed: F) {
     let constants = Constants::<S, T>::new(isa, 1.0);
+    let empty = Scan::new(&constants);
     let classes = job.layout.classes.size;
     let mut best: [Largest<T>; N] = core::array::from_fn(|_| Largest::default());
     let mut row = first;
     while row < last {
-        let n = N.min(job.layout.together(job.x.is_tiled(), row, last));
-        let mut scans: [Scan<S, T>; N] = [Scan::new(&constants); N];
+        // Rows share a tile as long as their candidates take little memory.
+        let n = N.min(job.layout.together(job.x.is_tiled(), row, last)).min((TASK / job.k).max(1));
+        let mut scans: [Scan<S, T>; N] = [empty; N];
         for best in &mut best[..n] {
             if !best.begin(job.k) {
                 job.failed.store(true, Ordering::Relaxed);
@@ -119,7 +121,8 @@ fn search<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(isa:
             }
         }
         for slot in 0..n {
-            let (total, _) = scans[slot].finish(&constants);
+            let total = scans[slot].total();
+            let log_sum = total.log_sum();
             let found = best[slot].finish();
             let bases = [job.layout.rows.offset(1, row + slot), job.layout.rows.offset(2, row + slot)];
             let put = |i: usize, class: usize, logprob: f64| {
@@ -127,7 +130,7 @@ fn search<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(isa:
                 job.indices.set_int(bases[1] + job.chosen.offset(2, i), class as i64);
             };
             for (i, &(x, class)) in found.iter().enumerate() {
-                put(i, class, total.log_prob(x.to_f64()));
+                put(i, class, total.log_prob(x.to_f64(), log_sum));
             }
             // NaN comes last, and there is one in the row: every log-probability is NaN.
             if found.len() < job.k {
