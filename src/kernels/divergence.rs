@@ -109,19 +109,19 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         };
         self.shift(constants, d, ties, start, fresh);
         let before = *self;
-        let mut done = self.sum(constants, x, next);
-        if guess && done {
-            let d = self.centre(constants, [self.p.ties, self.q.ties]);
-            if d != self.d {
-                *self = before;
-                self.shift(constants, d, ties, start, false);
-                done = self.sum(constants, x, next);
+        let mut again = guess;
+        while self.sum(constants, x, next) {
+            // A guess that turns out to be far off is made good once.
+            let d = if again { self.centre(constants, [self.p.ties, self.q.ties]) } else { self.d };
+            if !again || d == self.d || !d.value().is_finite() {
+                return;
             }
-        }
-        if !done {
             *self = before;
-            self.careful(constants, x);
+            self.shift(constants, d, ties, start, false);
+            again = false;
         }
+        *self = before;
+        self.careful(constants, x);
     }
 
     /// Σ exp of P and of Q, with so many of the maxima.

@@ -241,8 +241,10 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             weight.scale(growth);
             self.spread_extra.merge(weight);
         }
-        let near = self.softmax.near();
-        let next = next.filter(|_| near);
+        if !self.softmax.near() {
+            self.careful::<E, SPREAD>(x);
+            return top;
+        }
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         let mut from = 0;
         while from < x.len() {
@@ -250,11 +252,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             let part = x.part(from, n);
             // Without a successor it looks at itself, and the answer is not used.
             let ahead = next.map_or(part, |next| next.part(from, n));
-            let sums = if near {
-                pass::<S, E, T, SPREAD, false>(constants, &self.softmax.at, part, ahead)
-            } else {
-                pass::<S, E, T, SPREAD, true>(constants, &self.softmax.at, part, ahead)
-            };
+            let sums = pass::<S, E, T, SPREAD>(constants, &self.softmax.at, part, ahead);
             next_top = sums.next.max(next_top);
             T::add(isa, &mut self.softmax.rest, sums.rest);
             if SPREAD {
@@ -264,6 +262,23 @@ impl<S: Isa, T: Summand> Scan<S, T> {
         }
         self.softmax.known = next.is_some().then_some(next_top);
         top
+    }
+
+    /// A block off the grid of the integer reduction, where logits are far from 0 beyond use: class by class in float64.
+    #[inline(never)]
+    fn careful<E: Element<Acc = T>, const SPREAD: bool>(&mut self, x: Span<E>) {
+        let Softmax { max, reference, .. } = self.softmax;
+        let max = max.to_f64();
+        for i in 0..x.len() {
+            let x = x.get(i).to_acc().to_f64();
+            if x != max {
+                let e = exp_f64(x - reference.b, reference.k);
+                self.softmax.rest_extra.add(e);
+                if SPREAD && e != 0.0 {
+                    self.spread_extra.add(e * (max - x));
+                }
+            }
+        }
     }
 
     /// The row.
@@ -296,7 +311,7 @@ struct Sums<V> {
 
 /// The exponentials of a few classes, and the maximum of those that come after them in the same loop: memory is read in one unbroken stream.
 #[inline(always)]
-fn pass<S: Isa, E: Element<Acc = T>, T: Real, const SPREAD: bool, const FAR: bool>(
+fn pass<S: Isa, E: Element<Acc = T>, T: Real, const SPREAD: bool>(
     constants: &Constants<S, T>,
     at: &Lanes<Vf<S, T>>,
     x: Span<E>,
@@ -315,7 +330,7 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const SPREAD: bool, const FAR: boo
         for u in 0..4 {
             // In this order a NaN is passed over; it comes back through the sum.
             max[u] = next.load(isa, u * step).max(max[u]);
-            add::<S, T, SPREAD, FAR>(constants, at, x.load(isa, u * step), &mut rest[u], &mut spread[u]);
+            add::<S, T, SPREAD>(constants, at, x.load(isa, u * step), &mut rest[u], &mut spread[u]);
         }
         i += 4 * step;
     }
@@ -324,7 +339,7 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const SPREAD: bool, const FAR: boo
     while i < len {
         let n = step.min(len - i);
         max[u] = next.load_partial(isa, i, n, fill).max(max[u]);
-        add::<S, T, SPREAD, FAR>(constants, at, x.load_partial(isa, i, n, fill), &mut rest[u], &mut spread[u]);
+        add::<S, T, SPREAD>(constants, at, x.load_partial(isa, i, n, fill), &mut rest[u], &mut spread[u]);
         u = (u + 1) & 3;
         i += n;
     }
@@ -336,16 +351,14 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const SPREAD: bool, const FAR: boo
 }
 
 #[inline(always)]
-fn add<S: Isa, T: Real, const SPREAD: bool, const FAR: bool>(
+fn add<S: Isa, T: Real, const SPREAD: bool>(
     constants: &Constants<S, T>,
     at: &Lanes<Vf<S, T>>,
     v: Vf<S, T>,
     rest: &mut Vf<S, T>,
     spread: &mut Vf<S, T>,
 ) {
-    // Off the grid of the integer reduction x − b comes first, which is exact or dwarfed by x's own spacing.
-    let y = if FAR { v - at.b } else { v };
-    let e = constants.exp.exp2(at.floor.max(y), at.k);
+    let e = constants.exp.exp2(at.floor.max(v), at.k);
     // Unordered: a NaN is not the maximum and so reaches the sum.
     *rest = rest.add_where(v.ne(at.top), e);
     if SPREAD {

@@ -8,8 +8,8 @@ use super::plan::{Axes, Path, path};
 use super::scratch::{Work, room};
 use super::source::gather;
 
-/// Rows that are read together when a tile is copied: their elements of one class fill a cache line or more.
-pub(super) const TILE: usize = 32;
+/// Rows that are read together when a tile is copied: where every class is a page of its own, a visit should be worth it.
+pub(super) const TILE: usize = 128;
 /// From one row of a tile to the next: not a power of two, or all of them would compete for the same lines of the cache.
 const PITCH: usize = BLOCK + 16;
 
