@@ -215,7 +215,8 @@ def test_minus_infinity(level, dtype, classes, rng):
     both = q.copy()
     both[np.arange(6), masked] = -INF
     loss, grad = ce.kl_divergence_with_grad(x, both)
-    check_kl(loss, *(np.asarray(a) for a in (reference.kl_divergence(x, both), grad, reference.kl_divergence_with_grad(x, both)[1])), x, both, {})
+    want, want_grad = reference.kl_divergence_with_grad(x, both)
+    check_kl(loss, want, grad, want_grad, x, both, {})
     assert (grad[np.arange(6), masked].astype(F64) == 0).all()
     loss, grad = ce.kl_divergence_with_grad(q, x)
     assert np.isposinf(loss).all()
@@ -247,7 +248,13 @@ def test_leading_blocks_of_minus_infinity(level, dtype, rng):
 
 def test_logits_of_any_size(level, dtype):
     largest = 6e4 if dtype == F16 else 1e30
-    rows = [[largest, -largest, 0.0], [-largest, -largest, -largest], [largest, largest, 1.0], [0.0, -largest, 1.0], [largest, largest / 2, 0.0]]
+    rows = [
+        [largest, -largest, 0.0],
+        [-largest, -largest, -largest],
+        [largest, largest, 1.0],
+        [0.0, -largest, 1.0],
+        [largest, largest / 2, 0.0],
+    ]
     x = np.array(rows).astype(dtype)
     y = np.array([0, 1, 2, 1, 1])
     check_scores(ce.score_tokens(x, y, entropy=True, rank=True), reference.score_tokens(x, y, entropy=True, rank=True), dtype)
@@ -316,7 +323,7 @@ def test_kl_reductions(level, dtype, rng):
     assert type(total) is float
     assert total == pytest.approx(rows.astype(F64).sum(), rel=1e-14)
     assert ce.kl_divergence(p, q, reduction="mean") == pytest.approx(total / 15, rel=1e-14)
-    for reduction, divisor in (("none", 1), ("sum", 1), ("mean", 15)):
+    for reduction in ("none", "sum", "mean"):
         for g in (None, -2.0, 3):
             loss, grad = ce.kl_divergence_with_grad(p, q, reduction=reduction, grad_output=g, temperature=2.0)
             want, want_grad = reference.kl_divergence_with_grad(p, q, reduction=reduction, grad_output=g, temperature=2.0)
@@ -326,7 +333,8 @@ def test_kl_reductions(level, dtype, rng):
     for kind in DTYPES:
         rows_g = g.astype(kind)
         loss, grad = ce.kl_divergence_with_grad(p, q, grad_output=rows_g)
-        check_kl(loss, *reference.kl_divergence_with_grad(p, q)[:1], grad, reference.kl_divergence_with_grad(p, q, grad_output=rows_g)[1], p, q, {})
+        want, want_grad = reference.kl_divergence_with_grad(p, q, grad_output=rows_g)
+        check_kl(loss, want, grad, want_grad, p, q, {})
     assert np.isnan(ce.kl_divergence(p[:0], q[:0], reduction="mean"))
     assert ce.kl_divergence(p[:0], q[:0], reduction="sum") == 0.0
     assert ce.kl_divergence(p[:0], q[:0]).shape == (0, 5)
@@ -426,7 +434,8 @@ def test_kl_beside_pytorch(level, dtype, rng):
     p, q = rng.normal(0, 2, (2, 5, 40)).astype(dtype)
     tp, tq = (torch.tensor(a.astype(F64), requires_grad=True) for a in (p, q))
     for tau in (1.0, 2.0):
-        want = functional.kl_div(functional.log_softmax(tq / tau, -1), functional.log_softmax(tp / tau, -1), log_target=True, reduction="sum")
+        lq, lp = functional.log_softmax(tq / tau, -1), functional.log_softmax(tp / tau, -1)
+        want = functional.kl_div(lq, lp, log_target=True, reduction="sum")
         tq.grad = None
         want.backward()
         loss, grad = ce.kl_divergence_with_grad(p, q, temperature=tau, reduction="sum")
@@ -629,7 +638,9 @@ def test_properties(data, classes, dtype):
         want_loss, want_grad = reference.kl_divergence_with_grad(p, q)
     assert not (loss < 0).any()
     np.testing.assert_array_equal(np.isnan(loss), np.isnan(want_loss))
-    np.testing.assert_allclose(loss, want_loss, rtol=64 * eps(np.dtype(dtype)), atol=1e-13 if np.abs(p[np.isfinite(p)]).max(initial=0) < 1e3 else 1e-5)
+    # The reference itself cancels, the more the larger the logits are.
+    slack = 1e-13 if np.abs(p[np.isfinite(p)]).max(initial=0) < 1e3 else 1e-5
+    np.testing.assert_allclose(loss, want_loss, rtol=64 * eps(np.dtype(dtype)), atol=slack)
     np.testing.assert_allclose(grad, want_grad, rtol=0, atol=8 * eps(np.dtype(dtype)))
     self_loss, self_grad = ce.kl_divergence_with_grad(p, p)
     assert ((self_loss == 0) | np.isnan(self_loss)).all()

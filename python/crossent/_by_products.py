@@ -55,7 +55,7 @@ class TokenScores(_Fields):
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean of −logprob over the positions that are not ignored; nan without any."""
+        """Exp of the mean of −logprob over the positions that are not ignored; nan without any."""
         logprob = np.asarray(self.logprob)[np.asarray(self.argmax) >= 0]
         with np.errstate(all="ignore"):
             return float(np.exp(-np.sum(logprob, dtype=np.float64) / np.float64(logprob.size)))
@@ -90,8 +90,8 @@ def score_tokens(
     ignore_index : int or None, default None
         Positions with this token are left out and never read.
     shift : bool, default False
-        Score ``tokens[..., t + 1]`` with the logits of t, as a language model predicts: the results have one position less on the last axis,
-        and neither the first token nor the last logits are read.
+        Score ``tokens[..., t + 1]`` with the logits of t, as a language model predicts: the results have one position less on the last
+        axis, and neither the first token nor the last logits are read.
     entropy : bool, default False
         Also the entropy of each row.
     rank : bool, default False
@@ -101,8 +101,8 @@ def score_tokens(
     -------
     TokenScores
         A named tuple of logprob, logsumexp, argmax, entropy and rank, the last two None unless asked for, with the properties `perplexity`
-        and `is_greedy`. Floats are float64 for float64 logits, else float32. Ignored positions have logprob, logsumexp and entropy 0, argmax
-        and rank −1.
+        and `is_greedy`. Floats are float64 for float64 logits, else float32. Ignored positions have logprob, logsumexp and entropy 0,
+        argmax and rank −1.
 
     Raises
     ------
@@ -122,12 +122,12 @@ def score_tokens(
     Notes
     -----
     logprob = (x[y] − m) − log S with m the largest x and S = Σ exp(x − m); entropy = log S + Σ p·(m − x), in which nothing cancels. Of the
-    given float32 or float64 logits logprob is within 4 ULP of the exact value, logsumexp within 4 ULP of max(\\|m\\|, \\|logsumexp\\|), the
+    given float32 or float64 logits logprob is within 4 ULP of the exact value, logsumexp within 4 ULP of max(abs(m), abs(logsumexp)), the
     entropy within 8 ULP. No array of the logits' size is made, and memory-mapped logits are streamed. The same bits for every number of
     threads.
 
-    A −inf logit has probability 0 and adds nothing to the entropy; at the token it gives logprob −inf. A row that is all −inf, or holds +inf or
-    nan, has logprob and entropy nan; its logsumexp is −inf, +inf or nan.
+    A −inf logit has probability 0 and adds nothing to the entropy; at the token it gives logprob −inf. A row that is all −inf, or holds
+    +inf or nan, has logprob and entropy nan; its logsumexp is −inf, +inf or nan.
 
     Examples
     --------
@@ -216,8 +216,8 @@ def kl_divergence(
     Returns
     -------
     float or ndarray
-        A `float` for "mean" and "sum", the float64 sum of the rows. For "none" an array of the rows' shape, float64 if either dtype is, else
-        float32.
+        A `float` for "mean" and "sum", the float64 sum of the rows. For "none" an array of the rows' shape, float64 if either dtype is,
+        else float32.
 
     Raises
     ------
@@ -238,8 +238,8 @@ def kl_divergence(
     that the digits of a small divergence survive where Σ p·(log p − log q) cancels [1]_. Of the given float32 logits the result is within
     32 ULP of the exact value, of float64 logits within 128 (wherever it is a normal number), however close P and Q are; and never negative.
 
-    0·log 0 = 0: a class with a −inf logit in P adds nothing; one in Q alone gives inf. A row that is all −inf in either, or holds +inf or nan,
-    gives nan. No rows: mean nan, sum 0. The same bits for every number of threads.
+    0·log 0 = 0: a class with a −inf logit in P adds nothing; one in Q alone gives inf. A row that is all −inf in either, or holds +inf or
+    nan, gives nan. No rows: mean nan, sum 0. The same bits for every number of threads.
 
     References
     ----------
@@ -273,16 +273,16 @@ def kl_divergence_with_grad(
     grad_output : float or array_like, default 1
         What the gradient is multiplied by: one number, or with reduction "none" also one per row.
     out : ndarray, optional
-        Where to put the gradient: shape and dtype of `q_logits`. ``out=q_logits`` (the very same array) works in place; any other overlap is
-        refused.
+        Where to put the gradient: shape and dtype of `q_logits`. ``out=q_logits`` (the very same array) works in place; any other overlap
+        is refused.
 
     Returns
     -------
     loss : float or ndarray
         As from `kl_divergence`.
     grad : ndarray
-        (q − p)/τ, times `grad_output`, divided by the number of rows for "mean"; shape and dtype of `q_logits` (native byte order), in their
-        memory order.
+        (q − p)/τ, times `grad_output`, divided by the number of rows for "mean"; shape and dtype of `q_logits` (native byte order), in
+        their memory order.
 
     Raises
     ------
@@ -291,9 +291,9 @@ def kl_divergence_with_grad(
 
     Notes
     -----
-    Entries are within 8 ULP of the larger of p and q (times the factors), and rounded once to the dtype of `q_logits`; where the same class has
-    nearly all the mass of both, its entry comes from the others' and keeps its digits. A row of nan loss has gradients nan, a row of loss inf
-    finite ones.
+    Entries are within 8 ULP of the larger of p and q (times the factors), and rounded once to the dtype of `q_logits`; where the same class
+    has nearly all the mass of both, its entry comes from the others' and keeps its digits. A row of nan loss has gradients nan, a row of
+    loss inf finite ones.
 
     Examples
     --------

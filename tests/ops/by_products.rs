@@ -122,7 +122,10 @@ fn check_kl(exec: &Exec, p: &Tensor, q: &Tensor, axis: usize, out: Layout, conte
     for (r, group) in groups.iter().enumerate() {
         let fibers: [Vec<f64>; 2] = [&p_values, &q_values].map(|values| group.iter().map(|&at| values[at]).collect());
         let [a, b] = [Row::new(&fibers[0]), Row::new(&fibers[1])];
-        let terms: Vec<f64> = (0..group.len()).filter(|&c| a.bad || a.p(c) > 0.0).map(|c| a.p(c) * (a.log_p(c) - b.log_p(c))).collect();
+        // A class that Q alone excludes is infinitely far, however small p is; one without mass adds nothing.
+        let excluded = |c: usize| !b.bad && fibers[1][c] == f64::NEG_INFINITY && fibers[0][c] > f64::NEG_INFINITY;
+        let term = |c: usize| if excluded(c) { f64::INFINITY } else { a.p(c) * (a.log_p(c) - b.log_p(c)) };
+        let terms: Vec<f64> = (0..group.len()).filter(|&c| a.bad || excluded(c) || a.p(c) > 0.0).map(term).collect();
         // What the plain sum of the oracle loses.
         let size: f64 = terms.iter().map(|x| x.abs()).sum::<f64>() * 4.0 * f64::EPSILON;
         let (exact, actual) = (sum(terms), losses[r]);
