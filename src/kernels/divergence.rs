@@ -1,16 +1,16 @@
 //! The Kullback–Leibler divergence of two rows of logits that are read together, once.
 //!
-//! KL(P‖Q) = Σ p·δ with δ = log p − log q cancels where P and Q are close: δ is then of both signs and KL of the order of δ². With any number d and
-//! t = (x_p − x_q) − d (times 1/τ), e^(x_q)·e^d = e^(x_p)·e^(−t), so that of S = Σ e^(x_p)
+//! KL(P‖Q) = Σ p·δ with δ = log p − log q cancels where P and Q are close: δ is then of both signs and KL of the order of δ². With x and y the
+//! logits of P and Q (times 1/τ), any number d and t = (x − y) − d, exp(y + d) is exp(x)·exp(−t), so that with S = Σ exp(x)
 //!
 //! ```text
-//! G = Σ e^(x_p)·φ(t)/S,  φ(t) = e^(−t) − 1 + t >= 0      M = Σ e^(x_p)·t/S      W = G − M = e^d·Σ e^(x_q)/S − 1
+//! G = Σ exp(x)·φ(t)/S,  φ(t) = exp(−t) − 1 + t >= 0      M = Σ exp(x)·t/S      W = G − M = exp(d)·Σ exp(y)/S − 1
 //! KL = M + log(1 + W) = G − (W − log(1 + W))
 //! ```
 //!
-//! No term of G is negative, and the correction is W²/2: nothing cancels as long as d is near log(S/Σ e^(x_q)), where W = 0. d follows what was
-//! read: sums move to another d by exact formulas. A row whose class k has nearly all the mass begins with d = x_p − x_q there, where t and φ
-//! are then exactly 0, and keeps the digits of the others.
+//! No term of G is negative, and the correction is W²/2: nothing cancels as long as d is near log(S/Σ exp(y)), where W = 0. d follows what was
+//! read: sums move to another d by exact formulas. A row whose class k has nearly all the mass begins with d = x − y there, where t and φ are
+//! then exactly 0, and keeps the digits of the others.
 
 use crate::array::{Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Vector};

@@ -242,8 +242,8 @@ fn work<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(
             for (feed, x) in feeds.iter_mut().zip(&job.x) {
                 feed.load(x, row, n, start, len);
             }
-            for slot in 0..n {
-                let Some(slope) = &slopes[slot] else { continue };
+            for (slot, slope) in slopes[..n].iter().enumerate() {
+                let Some(slope) = slope else { continue };
                 let (p, _) = feeds[P].block(&job.x[P], row, slot, start, len);
                 let (q, _) = feeds[Q].block(&job.x[Q], row, slot, start, len);
                 let (base, g) = (job.layout.rows.offset(OUT, row + slot), job.factor(row + slot));

@@ -176,9 +176,9 @@ fn score<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const SPREAD: bool, c
         let n = N.min(job.layout.together(job.x.is_tiled(), row, last));
         let (mut logit, mut rank) = ([T::ZERO; N], [0; N]);
         let mut any = false;
-        for slot in 0..n {
+        for (slot, logit) in logit[..n].iter_mut().enumerate() {
             if let Ok(class) = usize::try_from(job.class[row + slot]) {
-                logit[slot] = job.x.get(row + slot, class);
+                *logit = job.x.get(row + slot, class);
                 any = true;
             }
         }
