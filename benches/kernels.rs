@@ -10,7 +10,7 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
 use crossent::array::{Array, DType, Element, Float, Out, c_strides};
-use crossent::ops::{self, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
+use crossent::ops::{self, Exec, Grad, GradOutput, LossOptions, Reduction, Scores, Target};
 use crossent::simd::Level;
 use half::{bf16, f16};
 
@@ -196,6 +196,48 @@ fn bench_case<E: Element>(c: &mut Criterion, shape: &[usize], axis: usize) {
     }
 }
 
+/// Scores with everything, the 20 largest and KL, for float32 logits whose rows are long.
+fn bench_by_products(c: &mut Criterion, rows: usize, classes: usize) {
+    let (case, other) = (Case::<f32>::new(&[rows, classes], 1), Case::<f32>::new(&[rows, classes], 1));
+    let threads = crossent::threads::available();
+    let id = format!("f32/{threads}");
+    let bytes = size_of_val(case.logits.as_slice()) as u64;
+    let Target::Index(tokens) = case.target() else { return };
+    let (x, q) = (Array::from_slice(&case.logits, &[rows, classes]), Array::from_slice(&other.logits, &[rows, classes]));
+    let int = |memory: &mut [i64], dtype, shape: &[usize], size| {
+        // SAFETY: C order over as many elements as the memory has, or fewer and smaller ones; it outlives the benches.
+        unsafe { Out::new(memory.as_mut_ptr().cast(), dtype, shape, &c_strides(shape, size)) }
+    };
+    let (mut floats, mut ints) = (vec![0.0_f32; 3 * rows + 20 * rows], vec![0_i64; 3 * rows + 20 * rows]);
+    let (scored, best) = floats.split_at_mut(3 * rows);
+    let (counted, order) = ints.split_at_mut(3 * rows);
+    let mut scored = scored.chunks_mut(rows).map(|rows_of| Out::from_slice(rows_of, &[rows]));
+    let mut next = || scored.next().unwrap();
+    let (logprob, logsumexp, entropy) = (next(), next(), Some(next()));
+    let mut counted = counted.chunks_mut(rows);
+    let argmax = int(counted.next().unwrap(), DType::I64, &[rows], 8);
+    let rank = Some(int(counted.next().unwrap(), DType::I64, &[rows], 8));
+    let greedy = int(counted.next().unwrap(), DType::Bool, &[rows], 1);
+    let scores = Scores { logprob, logsumexp, argmax, greedy, entropy, rank };
+    let (best, order) = (Out::from_slice(best, &[rows, 20]), int(order, DType::I64, &[rows, 20], 8));
+    for level in Level::all() {
+        let exec = Exec { level, threads };
+        let mut g = group(c, "score_tokens", level, &case.name);
+        let score = || ops::score_tokens(&exec, &x, 1, &tokens, None, &scores).unwrap();
+        g.throughput(Throughput::Bytes(bytes)).bench_function(&id, |b| b.iter(score));
+        g.finish();
+        let mut g = group(c, "topk_logprobs", level, &case.name);
+        let topk = || ops::topk_logprobs(&exec, &x, 1, &best, &order).unwrap();
+        g.throughput(Throughput::Bytes(bytes)).bench_function(&id, |b| b.iter(topk));
+        g.finish();
+        let mut g = group(c, "kl_divergence", level, &case.name);
+        let kl = || ops::kl_divergence(&exec, &x, &q, 1, 1.0, Reduction::Sum, None, None).unwrap();
+        assert!(kl() == 0.0, "the same logits twice");
+        g.throughput(Throughput::Bytes(2 * bytes)).bench_function(&id, |b| b.iter(|| black_box(kl())));
+        g.finish();
+    }
+}
+
 fn main() {
     let names: Vec<&str> = Level::all().map(Level::name).collect();
     println!("levels: {}; threads: {}", names.join(", "), crossent::threads::available());
@@ -206,5 +248,6 @@ fn main() {
     bench_case::<bf16>(&mut c, &[1024, 32000], 1);
     bench_case::<f16>(&mut c, &[1024, 32000], 1);
     bench_case::<f64>(&mut c, &[1024, 32000], 1);
+    bench_by_products(&mut c, 1024, 32000);
     c.final_summary();
 }

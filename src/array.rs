@@ -389,6 +389,21 @@ impl<'a> Out<'a> {
         self.write(offset, 0, 1, &[x], 1);
     }
 
+    /// Sets one element of an int64 or boolean result.
+    #[inline]
+    #[allow(clippy::cast_ptr_alignment)] // an Out is aligned, as `new` was promised
+    pub(crate) fn set_int(&self, offset: isize, x: i64) {
+        self.0.check(offset, 0, 1);
+        // SAFETY: in the extent, checked above; writable and aligned.
+        unsafe {
+            match self.0.dtype {
+                DType::I64 => self.0.ptr.offset(offset).cast::<i64>().write(x),
+                DType::Bool => self.0.ptr.offset(offset).write(u8::from(x != 0)),
+                _ => unreachable!("whole numbers go to int64 and bool"),
+            }
+        }
+    }
+
     /// Writes `n` zeros `stride` bytes apart.
     pub(crate) fn zero(&self, offset: isize, stride: isize, n: usize) {
         self.0.check(offset, stride, n);

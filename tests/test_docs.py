@@ -100,6 +100,11 @@ def test_signatures():
     loss = f"(logits, target, /, *, axis=-1, weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, {options}"
     want["cross_entropy"] = f"{loss})"
     want["cross_entropy_with_grad"] = f"{loss}, grad_output=None, out=None)"
+    want["score_tokens"] = "(logits, tokens, /, *, axis=-1, ignore_index=None, shift=False, entropy=False, rank=False)"
+    want["topk_logprobs"] = "(logits, k, /, *, axis=-1)"
+    kl = "(p_logits, q_logits, /, *, axis=-1, temperature=1.0, reduction='none'"
+    want["kl_divergence"] = f"{kl})"
+    want["kl_divergence_with_grad"] = f"{kl}, grad_output=None, out=None)"
     for name, text in want.items():
         for module in (ce, ce.reference):
             signature = inspect.signature(getattr(module, name))

@@ -585,6 +585,8 @@ def test_no_layout_is_copied_whole(layout):
             x = x.astype(np.float16)
         y = y if axis != 0 else np.zeros(N, np.int64)
         calls = [lambda: ce.cross_entropy(x, y, axis=axis), lambda: ce.logsumexp(x, axis)]
+        calls += [lambda: ce.score_tokens(x, y, axis=axis, entropy=True), lambda: ce.topk_logprobs(x, 5, axis=axis)]
+        calls += [lambda: ce.kl_divergence(x, x, axis=axis)]
         if layout not in ("broadcast", "byte-swapped", "misaligned"):
             calls.append(lambda: ce.cross_entropy_with_grad(x, y, axis=axis, out=x))
         for call in calls:
@@ -845,6 +847,7 @@ def test_public_names():
         assert hasattr(ce, name)
     contract = (
         "logsumexp softmax log_softmax softmax_vjp log_softmax_vjp nll_loss nll_loss_with_grad cross_entropy cross_entropy_with_grad "
+        "score_tokens topk_logprobs kl_divergence kl_divergence_with_grad "
         "set_num_threads get_num_threads threads simd_levels simd_level set_simd_level set_cache_limit clear_cache show_config reference"
     )
     assert set(contract.split()) <= set(dir(ce))

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import by_products
 import limits
 import numpy as np
 import ours
@@ -53,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=[name for name, _, _ in peers.PEERS], help="libraries (default: all)")
     parser.add_argument("--budget", type=float, help="seconds per shape, type and thread count (default 12, quick 6)")
     parser.add_argument("--no-write", action="store_true", help="print only, leave docs/benchmarks.md alone")
+    parser.add_argument("--by-products", action="store_true", help="scores, top-k and KL beside PyTorch instead; printed only")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -61,6 +63,9 @@ def main() -> int:
     args = parse()
     if args.worker:
         worker.main(*args.worker)
+        return 0
+    if args.by_products:
+        by_products.main(max(args.threads or [ce.get_num_threads()]))
         return 0
     started = time.monotonic()
     most = ce.get_num_threads()

@@ -27,6 +27,7 @@ from crossent._api import (
     softmax,
     softmax_vjp,
 )
+from crossent._by_products import TokenScores, kl_divergence, kl_divergence_with_grad, score_tokens, topk_logprobs
 from crossent._config import (
     clear_cache,
     get_num_threads,
@@ -44,17 +45,21 @@ from crossent._types import Mixup, SparseProbs
 __all__ = [
     "Mixup",
     "SparseProbs",
+    "TokenScores",
     "__version__",
     "clear_cache",
     "cross_entropy",
     "cross_entropy_with_grad",
     "get_num_threads",
+    "kl_divergence",
+    "kl_divergence_with_grad",
     "log_softmax",
     "log_softmax_vjp",
     "logsumexp",
     "nll_loss",
     "nll_loss_with_grad",
     "reference",
+    "score_tokens",
     "set_cache_limit",
     "set_num_threads",
     "set_simd_level",
@@ -64,4 +69,5 @@ __all__ = [
     "softmax",
     "softmax_vjp",
     "threads",
+    "topk_logprobs",
 ]

@@ -10,11 +10,14 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_grad",
     "get_num_threads",
+    "kl_divergence",
+    "kl_divergence_with_grad",
     "log_softmax",
     "log_softmax_vjp",
     "logsumexp",
     "nll_loss",
     "nll_loss_with_grad",
+    "score_tokens",
     "set_cache_limit",
     "set_num_threads",
     "set_simd_level",
@@ -23,6 +26,7 @@ __all__ = [
     "softmax",
     "softmax_vjp",
     "threads_var",
+    "topk_logprobs",
 ]
 
 __version__: str
@@ -76,6 +80,21 @@ def cross_entropy_with_grad(
     softcap: object,
     temperature: object,
     mask: object,
+    grad_output: object,
+    out: object,
+    /,
+) -> Any: ...
+def score_tokens(
+    logits: object, tokens: object, axis: object, ignore_index: object, shift: object, entropy: object, rank: object, /
+) -> Any: ...
+def topk_logprobs(logits: object, k: object, axis: object, /) -> Any: ...
+def kl_divergence(p_logits: object, q_logits: object, axis: object, temperature: object, reduction: object, /) -> Any: ...
+def kl_divergence_with_grad(
+    p_logits: object,
+    q_logits: object,
+    axis: object,
+    temperature: object,
+    reduction: object,
     grad_output: object,
     out: object,
     /,

@@ -787,7 +787,8 @@ def score_tokens(
         logprob = -below - np.log1p(row.rest)
         spread = np.log1p(row.rest) + _sum(np.where(row.probs == 0, 0.0, row.probs * row.below))
     larger = np.sum(x > np.max(np.where(hit, x, -np.inf), axis=-1, keepdims=True, initial=-np.inf), axis=-1)
-    first = np.sum(row.top * np.arange(x.shape[-1]), axis=-1)
+    # As NumPy has it: the first of equals, and the first nan of a row that has one.
+    first = np.argmax(x, axis=-1) if x.shape[-1] else np.zeros(labels.shape, np.int64)
     scores = TokenScores(
         logprob=np.where(kept, logprob, 0.0),
         logsumexp=np.where(kept, row.logsumexp, 0.0),
@@ -883,7 +884,9 @@ def _kl(
     rows_count = float(np.prod(shape, dtype=np.int64))
     with np.errstate(all="ignore"):
         log_ratio = (q.below - p.below) + (np.log1p(q.rest) - np.log1p(p.rest))[..., None]
-        losses = _sum(np.where(p.probs == 0, 0.0, p.probs * log_ratio))
+        # A −inf logit of P has p = 0 and adds nothing; one of Q alone is infinitely far, however small p is.
+        terms = np.where(np.isposinf(log_ratio), np.inf, p.probs * log_ratio)
+        losses = _sum(np.where(np.isposinf(p.below), 0.0, terms))
         scale = factor / rows_count if reduction == "mean" else factor
         losses = np.where(np.isnan(p.rest) | np.isnan(q.rest), np.nan, losses)
         grad = (q.probs - p.probs) / temperature * scale[..., None]

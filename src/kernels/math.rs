@@ -194,7 +194,7 @@ impl Real for f64 {
 
 /// `c0 + c1·x + …` by Horner's rule: fewest operations; the kernels keep enough vectors in flight to hide its latency.
 #[inline(always)]
-fn polynomial<V: Vector>(isa: V::Isa, c: &'static [V::Elem], x: V) -> V {
+pub(super) fn polynomial<V: Vector>(isa: V::Isa, c: &'static [V::Elem], x: V) -> V {
     let mut i = c.len() - 1;
     let mut sum = V::splat(isa, c[i]);
     while i > 0 {

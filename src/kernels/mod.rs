@@ -3,7 +3,9 @@
 #![forbid(unsafe_code)]
 
 pub mod columns;
+pub mod divergence;
 pub mod finish;
 pub mod math;
 pub mod rows;
+pub mod scan;
 pub mod state;

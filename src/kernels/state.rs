@@ -198,7 +198,7 @@ impl Summand for f64 {
 }
 
 /// An unevaluated sum of two float64.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Pair {
     /// Leading part.
     pub hi: f64,

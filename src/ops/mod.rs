@@ -4,19 +4,26 @@
 
 mod api;
 mod bandwidth;
+mod blocks;
 mod by_columns;
 mod by_rows;
 mod entry;
 mod job;
+mod kl;
 mod plan;
+mod score;
 mod scratch;
 mod source;
 mod targets;
+mod topk;
 mod vjp;
 
 pub use api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
 pub use bandwidth::{Traffic, bandwidth};
 pub use entry::{cross_entropy, log_softmax, logsumexp, softmax};
+pub use kl::kl_divergence;
+pub use score::{Scores, score_tokens};
+pub use topk::topk_logprobs;
 pub use vjp::{log_softmax_vjp, nll_loss, softmax_vjp};
 
 /// Runs `$body` with the type alias `$E` standing for the element type of a float dtype.

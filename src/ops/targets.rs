@@ -29,7 +29,8 @@ pub fn read_all(array: &Array) -> Vec<f64> {
     values
 }
 
-fn classes(
+/// Reads class indices of any integer type to `out[first], out[first + step], …`, in C order.
+pub(super) fn classes(
     argument: &'static str,
     array: &Array,
     classes: usize,

@@ -347,17 +347,25 @@ fn bfloat16(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
     BFLOAT16.get(py).map(|(_, dtype)| dtype.bind(py)).ok_or_else(|| type_error("bfloat16 is not known to NumPy"))
 }
 
-/// A new reference to the dtype that NumPy has for a float type or bool, native byte order.
+/// A new reference to NumPy's dtype for a result, native byte order.
 pub(super) fn descr(py: Python<'_>, dtype: DType) -> PyResult<*mut PyArray_Descr> {
     let number = match dtype {
         DType::Bf16 => return Ok(bfloat16(py)?.clone().into_ptr().cast()),
         DType::F16 => NPY_TYPES::NPY_HALF,
         DType::F32 => NPY_TYPES::NPY_FLOAT,
         DType::F64 => NPY_TYPES::NPY_DOUBLE,
-        DType::I8 | DType::Bool | DType::U8 => NPY_TYPES::NPY_UBYTE,
-        DType::I16 | DType::U16 => NPY_TYPES::NPY_USHORT,
-        DType::I32 | DType::U32 => NPY_TYPES::NPY_UINT,
-        DType::I64 | DType::U64 => NPY_TYPES::NPY_ULONGLONG,
+        DType::Bool => NPY_TYPES::NPY_BOOL,
+        DType::I8 => NPY_TYPES::NPY_BYTE,
+        DType::U8 => NPY_TYPES::NPY_UBYTE,
+        DType::I16 => NPY_TYPES::NPY_SHORT,
+        DType::U16 => NPY_TYPES::NPY_USHORT,
+        DType::I32 => NPY_TYPES::NPY_INT,
+        DType::U32 => NPY_TYPES::NPY_UINT,
+        // Of NumPy's two types of 64 bits the one that `numpy.int64` names.
+        DType::I64 if size_of::<core::ffi::c_long>() == 8 => NPY_TYPES::NPY_LONG,
+        DType::U64 if size_of::<core::ffi::c_long>() == 8 => NPY_TYPES::NPY_ULONG,
+        DType::I64 => NPY_TYPES::NPY_LONGLONG,
+        DType::U64 => NPY_TYPES::NPY_ULONGLONG,
     };
     // SAFETY: attached; a builtin number always has a dtype.
     Ok(unsafe { PY_ARRAY_API.PyArray_DescrFromType(py, number as c_int) })

@@ -84,7 +84,7 @@ impl Context<'_> {
     pub(super) fn raise(&self, error: Error) -> PyErr {
         match error {
             Error::TargetOutOfBounds { argument, position, value } => {
-                let name = if argument == "target" { argument.to_owned() } else { format!("target.{argument}") };
+                let name = if matches!(argument, "target" | "tokens") { argument.to_owned() } else { format!("target.{argument}") };
                 let mut message = format!(
                     "{} = {value} is out of bounds for {} classes (axis {} of {} with shape {})",
                     element(&name, position, self.target),

@@ -6,6 +6,7 @@
 use pyo3::prelude::*;
 
 mod arrays;
+mod by_products;
 mod config;
 mod dlpack;
 mod errors;
@@ -20,6 +21,8 @@ mod transforms;
 mod core_module {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use super::by_products::{kl_divergence, kl_divergence_with_grad, score_tokens, topk_logprobs};
     #[pymodule_export]
     use super::config::{
         bandwidth, check_num_threads, clear_cache, config, get_num_threads, set_cache_limit, set_num_threads, set_simd_level, simd_level,

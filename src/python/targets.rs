@@ -166,7 +166,8 @@ fn composite<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<Composite<'py>>
     Ok(None)
 }
 
-fn class_indices<'py>(object: &Bound<'py, PyAny>, argument: &'static str, logits: &Logits<'_>) -> PyResult<View<'py>> {
+/// Class indices that are called `argument`.
+pub(super) fn class_indices<'py>(object: &Bound<'py, PyAny>, argument: &'static str, logits: &Logits<'_>) -> PyResult<View<'py>> {
     labels(view(object, argument, Accept::Integers)?, argument, logits)
 }
 
@@ -174,7 +175,7 @@ fn labels<'py>(target: View<'py>, argument: &str, logits: &Logits<'_>) -> PyResu
     if target.shape() == logits.rows.as_slice() {
         return Ok(target);
     }
-    let remedy = if target.shape() == logits.shape {
+    let remedy = if argument == "target" && target.shape() == logits.shape {
         format!("; class probabilities must be floats: {argument}.astype(numpy.float32)")
     } else {
         other_axis(target.shape(), argument, logits)

@@ -4,6 +4,7 @@
 //! entries within 8, logsumexp within 4 of the larger of |max| and |logsumexp|; 16-bit results are rounded once on top. For `f64` the
 //! oracle's own error of a few ULP is added.
 
+mod by_products;
 mod oracle;
 mod tensor;
 

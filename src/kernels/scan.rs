@@ -1,0 +1,508 @@
+//! One row read block by block, by a caller that may read other rows in between: what `rows::reduce` does in one call, and on the way what
+//! scores of tokens need besides the logsumexp: the first maximum, the spread of the distribution, the place of one class, the largest classes.
+
+use crate::array::{Element, Float, Span, Vf, lanes};
+use crate::simd::{Isa, Mask, Scalar, Vector};
+
+use super::math::{Exp, Real, log1p};
+use super::rows::BLOCK;
+use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
+
+/// What is the same for every row of a call.
+#[derive(Clone, Copy)]
+pub struct Constants<S: Isa, T: Real> {
+    pub(super) isa: S,
+    pub(super) exp: Exp<Vf<S, T>>,
+    exp1: Exp<Vf<Scalar, T>>,
+    /// 1 / temperature.
+    pub(super) scale: f64,
+}
+
+impl<S: Isa, T: Real> Constants<S, T> {
+    /// For logits that are multiplied by `scale`.
+    #[inline(always)]
+    pub fn new(isa: S, scale: f64) -> Self {
+        Self { isa, exp: Exp::new(isa, scale), exp1: Exp::new(Scalar, scale), scale }
+    }
+
+    #[inline(always)]
+    fn lanes(&self, reference: Reference, max: T) -> Lanes<Vf<S, T>> {
+        let m = max.to_f64();
+        let above = if m.is_finite() { m - reference.b } else { 0.0 };
+        Lanes {
+            k: splat::<S, T>(self.isa, reference.k),
+            b: splat::<S, T>(self.isa, reference.b),
+            floor: splat::<S, T>(self.isa, above - T::CLAMP.to_f64() / self.scale),
+            top: splat::<S, T>(self.isa, m),
+        }
+    }
+}
+
+/// A reference and a maximum as vectors: everything below `floor` is zero.
+#[derive(Clone, Copy)]
+pub(super) struct Lanes<V> {
+    pub(super) k: V,
+    pub(super) b: V,
+    pub(super) floor: V,
+    pub(super) top: V,
+}
+
+/// What a new maximum did to sums relative to the old one.
+#[derive(Clone, Copy)]
+pub(super) struct Raised {
+    /// Multiplies them.
+    pub(super) factor: f64,
+    /// By how much the maximum grew: infinite where there was none.
+    pub(super) growth: f64,
+}
+
+/// The softmax of a row as far as it was read.
+#[derive(Clone, Copy)]
+pub(super) struct Softmax<S: Isa, T: Summand> {
+    pub(super) max: T,
+    /// How many classes have the maximum, and the first of them.
+    pub(super) ties: f64,
+    pub(super) arg: usize,
+    pub(super) reference: Reference,
+    /// The exponential of the maximum.
+    pub(super) top: f64,
+    pub(super) at: Lanes<Vf<S, T>>,
+    /// Σ exp of the other classes.
+    pub(super) rest: Wide<S>,
+    pub(super) rest_extra: Pair,
+    /// The maximum of the block that comes next, lane by lane, where it was looked at already.
+    pub(super) known: Option<Vf<S, T>>,
+}
+
+impl<S: Isa, T: Summand> Softmax<S, T> {
+    #[inline(always)]
+    pub(super) fn new(constants: &Constants<S, T>) -> Self {
+        let reference = Reference::of(T::NEG_INF, &constants.exp1, constants.scale);
+        Self {
+            max: T::NEG_INF,
+            ties: 0.0,
+            arg: 0,
+            reference,
+            top: 0.0,
+            at: constants.lanes(reference, T::NEG_INF),
+            rest: Wide::zero(constants.isa),
+            rest_extra: Pair::default(),
+            known: None,
+        }
+    }
+
+    /// Looks at a block before it is summed: moves to its maximum if that is larger, and counts the classes that have it.
+    #[inline(always)]
+    pub(super) fn look<E: Element<Acc = T>>(
+        &mut self,
+        constants: &Constants<S, T>,
+        x: Span<E>,
+        start: usize,
+    ) -> (Vf<S, T>, Option<Raised>) {
+        let isa = constants.isa;
+        let top = match self.known.take() {
+            Some(top) => top,
+            None => block_max(isa, x),
+        };
+        let mut raised = None;
+        if self.at.top.le(top).any() {
+            let candidate = top.reduce_max();
+            let first = self.ties == 0.0;
+            if candidate > self.max {
+                raised = Some(self.raise(constants, candidate));
+            }
+            let (ties, at) = find(isa, x, self.at.top);
+            if ties > 0 && (raised.is_some() || first) {
+                self.arg = start + at;
+            }
+            self.ties += ties as f64;
+        }
+        (top, raised)
+    }
+
+    #[inline(always)]
+    fn raise(&mut self, constants: &Constants<S, T>, max: T) -> Raised {
+        let moved = Reference::of(max, &constants.exp1, constants.scale);
+        let mut raised = Raised { factor: 1.0, growth: f64::INFINITY };
+        if self.max > T::NEG_INF {
+            raised = Raised { factor: self.reference.factor(moved, constants.scale), growth: max.to_f64() - self.max.to_f64() };
+            self.rest.scale(constants.isa, raised.factor);
+            self.rest_extra.scale(raised.factor);
+            // The old maxima join the rest.
+            self.rest_extra.add(self.ties * self.top * raised.factor);
+        }
+        self.top = exp_f64(Scalar, (max.to_f64() - moved.b) * constants.scale, moved.k);
+        (self.max, self.ties, self.reference) = (max, 0.0, moved);
+        self.at = constants.lanes(moved, max);
+        raised
+    }
+
+    /// Whether the exponentials of the block can be taken of x itself.
+    #[inline(always)]
+    pub(super) fn near(&self) -> bool {
+        self.reference.b == 0.0 && self.max < T::MAX
+    }
+
+    /// Σ exp without the maxima.
+    #[inline(always)]
+    pub(super) fn rest(&self) -> Pair {
+        let mut sum = T::total(self.rest);
+        sum.merge(self.rest_extra);
+        sum
+    }
+
+    #[inline(always)]
+    pub(super) fn total(&self) -> Total {
+        let (max, rest) = (self.max.to_f64(), self.rest().value());
+        let others = (self.ties - 1.0) + rest / self.top;
+        let valid = max.is_finite() && !rest.is_nan();
+        Total { max, arg: self.arg, valid, nan: rest.is_nan(), others }
+    }
+}
+
+/// A whole row.
+#[derive(Clone, Copy, Debug)]
+pub struct Total {
+    /// Largest logit.
+    pub max: f64,
+    /// The first class that has it.
+    pub arg: usize,
+    /// False for a row without a softmax: all −inf, a +inf or a NaN.
+    pub valid: bool,
+    /// Whether a class is NaN.
+    pub nan: bool,
+    /// Σ exp(x − max) without one maximum.
+    pub others: f64,
+}
+
+impl Total {
+    /// log Σ exp(x − max).
+    #[inline(always)]
+    pub fn log_sum(&self) -> f64 {
+        ln_1p(self.others)
+    }
+
+    /// log Σ exp(x), also of rows without a softmax.
+    pub fn logsumexp(&self, log_sum: f64) -> f64 {
+        if self.nan {
+            f64::NAN
+        } else if self.max.is_finite() {
+            self.max + log_sum
+        } else {
+            self.max
+        }
+    }
+
+    /// The log-probability of a logit, in an order that keeps the digits of a confident row.
+    pub fn log_prob(&self, x: f64, log_sum: f64) -> f64 {
+        if self.valid { (x - self.max) - log_sum } else { f64::NAN }
+    }
+}
+
+/// `log(1 + r)` for r >= 0.
+#[inline(always)]
+pub(super) fn ln_1p(r: f64) -> f64 {
+    lanes::<Scalar, f64>(log1p(Scalar, <f64 as Float>::V::<Scalar>::splat(Scalar, r)))[0]
+}
+
+/// A row of logits as they are (scale 1) and, with SPREAD, Σ p·(max − x).
+#[derive(Clone, Copy)]
+pub struct Scan<S: Isa, T: Summand> {
+    softmax: Softmax<S, T>,
+    spread: Wide<S>,
+    spread_extra: Pair,
+}
+
+impl<S: Isa, T: Summand> Scan<S, T> {
+    /// Nothing read.
+    #[inline(always)]
+    pub fn new(constants: &Constants<S, T>) -> Self {
+        Self { softmax: Softmax::new(constants), spread: Wide::zero(constants.isa), spread_extra: Pair::default() }
+    }
+
+    /// Reads the classes from `start` on, at most [`BLOCK`] of them; `next` are those after them, as many. Returns the maximum, lane by lane.
+    #[inline(always)]
+    pub fn block<E: Element<Acc = T>, const SPREAD: bool>(
+        &mut self,
+        constants: &Constants<S, T>,
+        x: Span<E>,
+        next: Option<Span<E>>,
+        start: usize,
+    ) -> Vf<S, T> {
+        let isa = constants.isa;
+        let (top, raised) = self.softmax.look(constants, x, start);
+        if SPREAD
+            && let Some(Raised { factor, growth }) = raised
+            && growth < f64::INFINITY
+        {
+            self.spread.scale(isa, factor);
+            self.spread_extra.scale(factor);
+            let mut weight = self.softmax.rest();
+            weight.scale(growth);
+            self.spread_extra.merge(weight);
+        }
+        if !self.softmax.near() {
+            self.careful::<E, SPREAD>(x);
+            return top;
+        }
+        let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
+        let mut from = 0;
+        while from < x.len() {
+            let n = stretch::<S, T>().min(x.len() - from);
+            let part = x.part(from, n);
+            // Without a successor it looks at itself, and the answer is not used.
+            let ahead = next.map_or(part, |next| next.part(from, n));
+            let sums = pass::<S, E, T, SPREAD>(constants, &self.softmax.at, part, ahead);
+            next_top = sums.next.max(next_top);
+            T::add(isa, &mut self.softmax.rest, sums.rest);
+            if SPREAD {
+                T::add(isa, &mut self.spread, sums.spread);
+            }
+            from += n;
+        }
+        self.softmax.known = next.is_some().then_some(next_top);
+        top
+    }
+
+    /// A block off the grid of the integer reduction, where logits are far from 0 beyond use: class by class in float64.
+    #[inline(never)]
+    fn careful<E: Element<Acc = T>, const SPREAD: bool>(&mut self, x: Span<E>) {
+        let Softmax { max, reference, .. } = self.softmax;
+        let max = max.to_f64();
+        for i in 0..x.len() {
+            let x = x.get(i).to_acc().to_f64();
+            if x != max {
+                let e = exp_f64(Scalar, x - reference.b, reference.k);
+                self.softmax.rest_extra.add(e);
+                if SPREAD && e != 0.0 {
+                    self.spread_extra.add(e * (max - x));
+                }
+            }
+        }
+    }
+
+    /// The row.
+    #[inline(always)]
+    pub fn total(&self) -> Total {
+        self.softmax.total()
+    }
+
+    /// The entropy, where SPREAD was asked for: log S + Σ p·(max − x), of which no term is negative.
+    #[inline(always)]
+    pub fn entropy(&self, total: &Total, log_sum: f64) -> f64 {
+        let mut spread = T::total(self.spread);
+        spread.merge(self.spread_extra);
+        if total.valid { log_sum + spread.value() / ((1.0 + total.others) * self.softmax.top) } else { f64::NAN }
+    }
+}
+
+/// Few enough additions in a row for float32: a whole block on wide vectors, less of it on narrow ones.
+#[inline(always)]
+pub(super) fn stretch<S: Isa, T: Float>() -> usize {
+    let step = Vf::<S, T>::LANES;
+    BLOCK.min(if step < 4 { 8 } else { 32 * step })
+}
+
+struct Sums<V> {
+    rest: V,
+    spread: V,
+    next: V,
+}
+
+/// The exponentials of a few classes, and the maximum of those that come after them in the same loop: memory is read in one unbroken stream.
+#[inline(always)]
+fn pass<S: Isa, E: Element<Acc = T>, T: Real, const SPREAD: bool>(
+    constants: &Constants<S, T>,
+    at: &Lanes<Vf<S, T>>,
+    x: Span<E>,
+    next: Span<E>,
+) -> Sums<Vf<S, T>> {
+    let isa = constants.isa;
+    let step = Vf::<S, T>::LANES;
+    let zero = Vf::<S, T>::splat(isa, T::ZERO);
+    let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
+    let (mut rest, mut spread) = ([zero; 4], [zero; 4]);
+    let len = x.len();
+    let next = next.part(0, len);
+    let mut i = 0;
+    while i + 4 * step <= len {
+        let (x, next) = (x.part(i, 4 * step), next.part(i, 4 * step));
+        for u in 0..4 {
+            // In this order a NaN is passed over; it comes back through the sum.
+            max[u] = next.load(isa, u * step).max(max[u]);
+            add::<S, T, SPREAD>(constants, at, x.load(isa, u * step), &mut rest[u], &mut spread[u]);
+        }
+        i += 4 * step;
+    }
+    let fill = E::from_acc(T::NEG_INF);
+    let mut u = 0;
+    while i < len {
+        let n = step.min(len - i);
+        max[u] = next.load_partial(isa, i, n, fill).max(max[u]);
+        add::<S, T, SPREAD>(constants, at, x.load_partial(isa, i, n, fill), &mut rest[u], &mut spread[u]);
+        u = (u + 1) & 3;
+        i += n;
+    }
+    Sums {
+        rest: (rest[0] + rest[1]) + (rest[2] + rest[3]),
+        spread: (spread[0] + spread[1]) + (spread[2] + spread[3]),
+        next: max[0].max(max[1]).max(max[2].max(max[3])),
+    }
+}
+
+#[inline(always)]
+fn add<S: Isa, T: Real, const SPREAD: bool>(
+    constants: &Constants<S, T>,
+    at: &Lanes<Vf<S, T>>,
+    v: Vf<S, T>,
+    rest: &mut Vf<S, T>,
+    spread: &mut Vf<S, T>,
+) {
+    let e = constants.exp.exp2(at.floor.max(v), at.k);
+    // Unordered: a NaN is not the maximum and so reaches the sum.
+    *rest = rest.add_where(v.ne(at.top), e);
+    if SPREAD {
+        // 0·log 0 = 0, also for a class of −inf.
+        let zero = Vf::<S, T>::splat(constants.isa, T::ZERO);
+        *spread = spread.add_where(e.ne(zero), e * (at.top - v));
+    }
+}
+
+#[inline(always)]
+pub(super) fn block_max<S: Isa, E: Element>(isa: S, x: Span<E>) -> Vf<S, E::Acc> {
+    let step = Vf::<S, E::Acc>::LANES;
+    let mut max = [Vf::<S, E::Acc>::splat(isa, E::Acc::NEG_INF); 4];
+    let mut i = 0;
+    while i + 4 * step <= x.len() {
+        let part = x.part(i, 4 * step);
+        for (u, max) in max.iter_mut().enumerate() {
+            *max = part.load(isa, u * step).max(*max);
+        }
+        i += 4 * step;
+    }
+    while i < x.len() {
+        let n = step.min(x.len() - i);
+        max[0] = x.load_partial(isa, i, n, E::from_acc(E::Acc::NEG_INF)).max(max[0]);
+        i += n;
+    }
+    max[0].max(max[1]).max(max[2].max(max[3]))
+}
+
+/// How many classes equal `top`, and the first of them.
+#[inline(always)]
+fn find<S: Isa, E: Element>(isa: S, x: Span<E>, top: Vf<S, E::Acc>) -> (usize, usize) {
+    let step = Vf::<S, E::Acc>::LANES;
+    let (mut ties, mut first) = (0, usize::MAX);
+    let mut i = 0;
+    while i < x.len() {
+        let n = step.min(x.len() - i);
+        let bits = x.load_partial(isa, i, n, E::from_acc(E::Acc::NEG_INF)).eq(top).bits() & (u64::MAX >> (64 - n));
+        if bits != 0 {
+            ties += bits.count_ones() as usize;
+            first = first.min(i + bits.trailing_zeros() as usize);
+        }
+        i += n;
+    }
+    (ties, first)
+}
+
+/// How many classes are larger than `x`.
+#[inline(always)]
+pub fn larger<S: Isa, E: Element>(isa: S, block: Span<E>, x: E::Acc) -> usize {
+    let step = Vf::<S, E::Acc>::LANES;
+    let than = Vf::<S, E::Acc>::splat(isa, x);
+    let (mut count, mut i) = ([0; 4], 0);
+    while i + 4 * step <= block.len() {
+        let part = block.part(i, 4 * step);
+        for (u, count) in count.iter_mut().enumerate() {
+            *count += than.lt(part.load(isa, u * step)).count();
+        }
+        i += 4 * step;
+    }
+    while i < block.len() {
+        let n = step.min(block.len() - i);
+        // Nothing is larger than NaN, and −inf larger than nothing.
+        count[0] += than.lt(block.load_partial(isa, i, n, E::from_acc(E::Acc::NEG_INF))).count();
+        i += n;
+    }
+    count.iter().sum()
+}
+
+/// The k largest classes of a row as far as it was read: candidates are collected until there are too many, and then those that cannot be
+/// among the k are dropped. What remains afterwards is a threshold that few vectors reach.
+#[derive(Debug)]
+pub struct Largest<T> {
+    k: usize,
+    room: usize,
+    found: Vec<(T, usize)>,
+    /// The k-th largest, once there were k.
+    threshold: Option<T>,
+}
+
+impl<T> Default for Largest<T> {
+    fn default() -> Self {
+        Self { k: 0, room: 0, found: Vec::new(), threshold: None }
+    }
+}
+
+impl<T: Float> Largest<T> {
+    /// Begins a row. False where there is no memory.
+    pub fn begin(&mut self, k: usize) -> bool {
+        (self.k, self.room, self.threshold) = (k, k.saturating_add(k.max(64)), None);
+        self.found.clear();
+        // A block is looked at vector by vector: one more of them than there is room for.
+        self.found.try_reserve(self.room.saturating_add(16)).is_ok()
+    }
+
+    /// Reads the classes from `start` on, of which `top` is the maximum, lane by lane. Ascending: of equals the first stays.
+    #[inline(always)]
+    pub fn block<S: Isa, E: Element<Acc = T>>(&mut self, isa: S, x: Span<E>, top: Vf<S, T>, start: usize) {
+        let step = Vf::<S, T>::LANES;
+        if self.k == 0 || self.threshold.is_some_and(|than| !Vf::<S, T>::splat(isa, than).lt(top).any()) {
+            return;
+        }
+        let mut i = 0;
+        while i < x.len() {
+            let n = step.min(x.len() - i);
+            let v = x.load_partial(isa, i, n, E::from_acc(T::NEG_INF));
+            let mask = match self.threshold {
+                Some(than) => Vf::<S, T>::splat(isa, than).lt(v),
+                None => v.eq(v),
+            };
+            let mut bits = mask.bits() & (u64::MAX >> (64 - n));
+            while bits != 0 {
+                let class = i + bits.trailing_zeros() as usize;
+                self.found.push((x.get(class).to_acc(), start + class));
+                bits &= bits - 1;
+            }
+            if self.found.len() >= self.room {
+                self.drop_others();
+            }
+            i += n;
+        }
+    }
+
+    fn drop_others(&mut self) {
+        if self.found.len() > self.k {
+            self.found.select_nth_unstable_by(self.k - 1, order);
+            self.found.truncate(self.k);
+        }
+        if self.found.len() == self.k {
+            self.threshold = self.found.iter().map(|&(x, _)| x).reduce(|a, b| if b < a { b } else { a });
+        }
+    }
+
+    /// The largest classes and their logits in falling order, of equals the first class first. Fewer than k where classes are NaN.
+    pub fn finish(&mut self) -> &[(T, usize)] {
+        if self.k > 0 {
+            self.drop_others();
+        }
+        self.found.sort_unstable_by(order);
+        &self.found
+    }
+}
+
+/// Falling, then by class: total, as no NaN is collected.
+fn order<T: Float>(a: &(T, usize), b: &(T, usize)) -> core::cmp::Ordering {
+    b.0.partial_cmp(&a.0).unwrap_or(core::cmp::Ordering::Equal).then(a.1.cmp(&b.1))
+}

@@ -1,0 +1,154 @@
+//! Rows block by block for kernels that take a row in several calls: in place where the classes are adjacent, otherwise copied, and a tile of
+//! neighbouring rows at a time where those lie closer together than classes do.
+
+use crate::array::{Array, Element, FromNumber, Out, Span};
+use crate::kernels::rows::BLOCK;
+
+use super::plan::{Axes, Path, path};
+use super::scratch::{Work, room};
+use super::source::gather;
+
+/// Rows that are read together when a tile is copied: where every class is a page of its own, a visit should be worth it.
+pub(super) const TILE: usize = 128;
+/// From one row of a tile to the next: not a power of two, or all of them would compete for the same lines of the cache.
+const PITCH: usize = BLOCK + 16;
+
+/// The rows and the one class axis of a call, with the same operands in both.
+pub(super) struct Layout {
+    pub(super) classes: Axes,
+    pub(super) rows: Axes,
+}
+
+impl Layout {
+    /// `strides` of every operand over `shape`; those of row results have a 0 for the class axis.
+    pub(super) fn new(shape: &[usize], axis: usize, strides: &[&[isize]]) -> Self {
+        let classes = Axes::new(shape, strides, core::iter::once(axis));
+        let rows = Axes::new(shape, strides, (0..shape.len()).filter(|&a| a != axis));
+        Self { classes, rows }
+    }
+
+    /// How many rows from `row` on are read together, until `last`: of neighbours that share cache lines as many as have one stride.
+    pub(super) fn together(&self, tiled: bool, row: usize, last: usize) -> usize {
+        let inner = self.rows.inner_len().max(1);
+        TILE.min(last - row).min(if tiled { inner - row % inner } else { TILE })
+    }
+}
+
+/// How an operand is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Direct,
+    Row,
+    Tile,
+}
+
+/// One operand of a call.
+pub(super) struct Operand<'a> {
+    pub(super) array: &'a Array<'a>,
+    index: usize,
+    layout: &'a Layout,
+    way: Way,
+}
+
+impl<'a> Operand<'a> {
+    pub(super) fn new(array: &'a Array<'a>, index: usize, layout: &'a Layout) -> Self {
+        let Layout { classes, rows } = layout;
+        let way = if path(array, index, classes, rows) == Path::Rows {
+            Way::Direct
+        } else if rows.inner_len() > 1 && rows.inner_stride(index).abs() < classes.inner_stride(index).abs() {
+            Way::Tile
+        } else {
+            Way::Row
+        };
+        Self { array, index, layout, way }
+    }
+
+    /// Whether blocks are read where they stand.
+    pub(super) fn is_direct(&self) -> bool {
+        self.way == Way::Direct
+    }
+
+    /// Whether neighbouring rows want to be read together.
+    pub(super) fn is_tiled(&self) -> bool {
+        self.way == Way::Tile
+    }
+
+    /// The row at `row` where it stands.
+    #[inline(always)]
+    pub(super) fn row<E: Element>(&self, row: usize) -> Span<'a, E> {
+        self.array.span::<E>(self.layout.rows.offset(self.index, row), self.layout.classes.size)
+    }
+
+    /// Copies `len` classes from `start` on of `n` rows from `row` on to `dst[slot * PITCH..]`.
+    pub(super) fn copy<T: FromNumber>(&self, row: usize, n: usize, start: usize, len: usize, dst: &mut [T]) {
+        let Layout { classes, rows } = self.layout;
+        if self.way == Way::Tile {
+            let (base, step) = (rows.offset(self.index, row), classes.inner_stride(self.index));
+            for i in 0..len {
+                self.array.read(base + (start + i) as isize * step, rows.inner_stride(self.index), n, &mut dst[i..], PITCH);
+            }
+        } else {
+            for slot in 0..n {
+                gather(self.array, self.index, classes, rows.offset(self.index, row + slot), start, &mut dst[slot * PITCH..], len, 1);
+            }
+        }
+    }
+
+    /// One element.
+    pub(super) fn get<T: FromNumber>(&self, row: usize, class: usize) -> T {
+        self.array.get(self.layout.rows.offset(self.index, row) + self.layout.classes.offset(self.index, class))
+    }
+}
+
+/// Hands the blocks of an operand to a kernel, as `E`.
+pub(super) trait Feed<E: Element> {
+    /// Gets classes `start..start + len` of `n` rows from `row` on ready.
+    fn load(&mut self, x: &Operand, row: usize, n: usize, start: usize, len: usize);
+    /// Those of row `row + slot`, and the block after it where that is whole and stands in memory.
+    fn block<'a>(&'a self, x: &Operand<'a>, row: usize, slot: usize, start: usize, len: usize) -> (Span<'a, E>, Option<Span<'a, E>>);
+}
+
+/// Read where they stand.
+pub(super) struct InPlace;
+
+impl<E: Element> Feed<E> for InPlace {
+    #[inline(always)]
+    fn load(&mut self, _x: &Operand, _row: usize, _n: usize, _start: usize, _len: usize) {}
+
+    #[inline(always)]
+    fn block<'a>(&'a self, x: &Operand<'a>, row: usize, slot: usize, start: usize, len: usize) -> (Span<'a, E>, Option<Span<'a, E>>) {
+        let whole = x.row::<E>(row + slot);
+        let next = if start + 2 * BLOCK <= whole.len() { Some(whole.part(start + BLOCK, BLOCK)) } else { None };
+        (whole.part(start, len), next)
+    }
+}
+
+/// Copied to what they are computed in.
+pub(super) struct Copied<'s, T>(pub(super) &'s mut Vec<T>);
+
+impl<T: Work> Feed<T> for Copied<'_, T> {
+    #[inline(always)]
+    fn load(&mut self, x: &Operand, row: usize, n: usize, start: usize, len: usize) {
+        x.copy(row, n, start, len, room(self.0, TILE * PITCH));
+    }
+
+    #[inline(always)]
+    fn block<'a>(&'a self, _x: &Operand<'a>, _row: usize, slot: usize, _start: usize, len: usize) -> (Span<'a, T>, Option<Span<'a, T>>) {
+        (Span::of(&self.0[slot * PITCH..slot * PITCH + len]), None)
+    }
+}
+
+/// A result with one element per row.
+pub(super) struct RowResult<'a> {
+    pub(super) out: &'a Out<'a>,
+    pub(super) index: usize,
+}
+
+impl RowResult<'_> {
+    pub(super) fn set(&self, layout: &Layout, row: usize, x: f64) {
+        self.out.set(layout.rows.offset(self.index, row), x);
+    }
+    pub(super) fn set_int(&self, layout: &Layout, row: usize, x: i64) {
+        self.out.set_int(layout.rows.offset(self.index, row), x);
+    }
+}

@@ -1,0 +1,145 @@
+//! The largest log-probabilities of each row, with the logsumexp from the same reading of the logits.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::array::{Array, DType, Element, Out};
+use crate::kernels::rows::BLOCK;
+use crate::kernels::scan::{Constants, Largest, Scan};
+use crate::simd::{Isa, Kernel};
+use crate::threads;
+
+use super::api::{Error, Exec};
+use super::blocks::{Copied, Feed, InPlace, Layout, Operand, TILE};
+use super::job::TASK;
+use super::plan::Axes;
+use super::scratch::{SCRATCH, Scratch, Work};
+use super::with_element;
+
+/// The `k` largest of log-softmax over `axis` in falling order, ties by the lower index, and their classes (int64); both results have the
+/// logits' shape with k in place of the classes.
+pub fn topk_logprobs(exec: &Exec, logits: &Array, axis: usize, logprobs: &Out, indices: &Out) -> Result<(), Error> {
+    let shape = logits.shape();
+    if axis >= shape.len() || !logits.dtype().is_float() {
+        return Err(Error::Invalid("axis or dtype of the logits"));
+    }
+    let like = logprobs.array().shape();
+    let fits = |(i, (&a, &b)): (usize, (&usize, &usize))| if i == axis { a <= b } else { a == b };
+    if like.len() != shape.len() || !like.iter().zip(shape).enumerate().all(fits) || indices.array().shape() != like {
+        return Err(Error::Invalid("shape of a result"));
+    }
+    if logprobs.array().dtype() != logits.dtype().row_dtype() || indices.array().dtype() != DType::I64 {
+        return Err(Error::Invalid("dtype of a result"));
+    }
+    let strides = [logits.strides(), logprobs.array().strides(), indices.array().strides()];
+    // The results have another length on the class axis, which is a line in each operand.
+    let layout = Layout::new(shape, axis, &strides);
+    let k = like[axis];
+    let chosen = Axes::new(like, &strides, core::iter::once(axis));
+    let job =
+        Job { x: Operand::new(logits, 0, &layout), layout: &layout, k, chosen: &chosen, logprobs, indices, failed: AtomicBool::new(false) };
+    if k == 0 {
+        return Ok(());
+    }
+    let per_task = (TASK / layout.classes.size.max(1)).max(1);
+    let per_task = if job.x.is_tiled() { per_task.next_multiple_of(TILE) } else { per_task };
+    let threads = if layout.rows.size * layout.classes.size < 2 * TASK { 1 } else { exec.threads };
+    let dtype = logits.dtype();
+    let task = |task: usize| -> Result<(), Error> {
+        let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
+        let mut scratch = SCRATCH.take().unwrap_or_default();
+        with_element!(dtype, E => {
+            exec.level.run(Chunk::<E> { job: &job, first, last, scratch: &mut scratch, element: core::marker::PhantomData });
+        });
+        SCRATCH.set(Some(scratch));
+        Ok(())
+    };
+    // The dtype was checked: what can fail is memory.
+    threads::for_each(threads, layout.rows.size.div_ceil(per_task), &|index| drop(task(index)));
+    if job.failed.load(Ordering::Relaxed) { Err(Error::OutOfMemory) } else { Ok(()) }
+}
+
+struct Job<'a> {
+    x: Operand<'a>,
+    layout: &'a Layout,
+    k: usize,
+    /// The axis of the results.
+    chosen: &'a Axes,
+    logprobs: &'a Out<'a>,
+    indices: &'a Out<'a>,
+    failed: AtomicBool,
+}
+
+struct Chunk<'j, 'a, E> {
+    job: &'j Job<'a>,
+    first: usize,
+    last: usize,
+    scratch: &'j mut Scratch,
+    element: core::marker::PhantomData<E>,
+}
+
+impl<E: Element> Kernel for Chunk<'_, '_, E>
+where
+    E::Acc: Work,
+{
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        let Chunk { job, first, last, .. } = self;
+        let (_, buffers, _) = E::Acc::buffers(self.scratch);
+        if job.x.is_direct() {
+            search::<S, E, E::Acc, _, 1>(isa, job, first, last, InPlace);
+        } else {
+            search::<S, E::Acc, E::Acc, _, TILE>(isa, job, first, last, Copied(&mut buffers.x));
+        }
+    }
+}
+
+#[inline(always)]
+fn search<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(isa: S, job: &Job, first: usize, last: usize, mut feed: F) {
+    let constants = Constants::<S, T>::new(isa, 1.0);
+    let empty = Scan::new(&constants);
+    let classes = job.layout.classes.size;
+    let mut best: [Largest<T>; N] = core::array::from_fn(|_| Largest::default());
+    let mut row = first;
+    while row < last {
+        // Rows share a tile as long as their candidates take little memory.
+        let n = N.min(job.layout.together(job.x.is_tiled(), row, last)).min((TASK / job.k).max(1));
+        let mut scans: [Scan<S, T>; N] = [empty; N];
+        for best in &mut best[..n] {
+            if !best.begin(job.k) {
+                job.failed.store(true, Ordering::Relaxed);
+                return;
+            }
+        }
+        for start in (0..classes).step_by(BLOCK) {
+            let len = BLOCK.min(classes - start);
+            feed.load(&job.x, row, n, start, len);
+            for slot in 0..n {
+                let (block, next) = feed.block(&job.x, row, slot, start, len);
+                let top = scans[slot].block::<E, false>(&constants, block, next, start);
+                best[slot].block(isa, block, top, start);
+            }
+        }
+        for slot in 0..n {
+            let total = scans[slot].total();
+            let log_sum = total.log_sum();
+            let found = best[slot].finish();
+            let bases = [job.layout.rows.offset(1, row + slot), job.layout.rows.offset(2, row + slot)];
+            let put = |i: usize, class: usize, logprob: f64| {
+                job.logprobs.set(bases[0] + job.chosen.offset(1, i), logprob);
+                job.indices.set_int(bases[1] + job.chosen.offset(2, i), class as i64);
+            };
+            for (i, &(x, class)) in found.iter().enumerate() {
+                put(i, class, total.log_prob(x.to_f64(), log_sum));
+            }
+            // NaN comes last, and there is one in the row: every log-probability is NaN.
+            if found.len() < job.k {
+                let nan = (0..classes).filter(|&class| job.x.get::<f64>(row + slot, class).is_nan());
+                for (i, class) in (found.len()..job.k).zip(nan) {
+                    put(i, class, f64::NAN);
+                }
+            }
+        }
+        row += n;
+    }
+}

@@ -1,0 +1,716 @@
+"""Scores of tokens, top-k log-probabilities and KL divergence: meaning, accuracy, every layout, errors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import crossent as ce
+from crossent import reference
+
+from .layouts import INPUTS, OUTPUTS, arrange, flat_axis
+from .levels import each_level
+from .oracle import BF16, DTYPES, F16, F32, F64, INDEX_DTYPES, assert_ulps, eps, exact, row_dtype, tiny
+from .pairwise import pairwise
+from .test_errors import refuses
+from .test_matrix import CLASSES, LENGTHS, SHAPES, check_array
+
+INF, NAN = np.inf, np.nan
+
+
+def check_scores(got, want, dtype, what=""):
+    work = row_dtype(dtype)
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        where = f"{what} {name}"
+        if b is None:
+            assert a is None, where
+        elif np.asarray(b).dtype.kind == "i":
+            assert a.dtype == np.int64, where
+            np.testing.assert_array_equal(a, b, err_msg=where)
+        else:
+            assert a.dtype == work, where
+            # Of logsumexp the exact result may cancel; its tests of accuracy are apart.
+            size = np.abs(b) if name != "logsumexp" else np.abs(b) + np.abs(np.asarray(want.logprob)) + 1
+            check_array(a, np.asarray(b), size, work, 9, where)
+    np.testing.assert_array_equal(got.is_greedy, want.is_greedy)
+
+
+def check_kl(got, want, grad, want_grad, p, q, options, what=""):  # noqa: PLR0917
+    """Of float64 the reference itself has an absolute error: entries there are compared with the sizes that it subtracts."""
+    work = F64 if F64 in (p.dtype, q.dtype) else F32
+    axis, tau = options.get("axis", -1), options.get("temperature", 1.0)
+    got, want = np.asarray(got), np.asarray(want)
+    rows = p.size // max(1, p.shape[axis]) if want.ndim == 0 and p.ndim > 1 else 1
+    slack = 64 * eps(F64) * (np.abs(p.astype(F64)).max(initial=1) + np.abs(q.astype(F64)).max(initial=1)) / tau * rows
+    with np.errstate(all="ignore"):
+        good = np.abs(got - want) <= 64 * eps(work) * np.abs(want) + slack
+    assert (good | (got == want) | (np.isnan(got) & np.isnan(want))).all(), f"{what}: {got} {want}"
+    assert not (got < 0).any(), what
+    assert grad.dtype == q.dtype, what
+    assert grad.shape == q.shape, what
+    # Dividing by τ rounds the reference's own logits.
+    units = 9 if q.dtype != F64 or np.frexp(tau)[0] == 0.5 else 9 + 4 * np.abs([p, q]).max(initial=0) / tau
+    scale = np.abs(want_grad)
+    with np.errstate(all="ignore"):
+        largest = np.maximum(reference.softmax(p.astype(F64) / tau, axis), reference.softmax(q.astype(F64) / tau, axis))
+        factor = np.nanmax(scale / np.maximum(largest, 1e-300), initial=0) if scale.size else 0
+    check_array(grad, want_grad, np.maximum(scale, largest * max(factor, 1 / tau)), q.dtype, units, f"{what} gradient")
+
+
+# --- meaning ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def x(dtype, rng):
+    return rng.normal(0, 2, (4, 6, 9)).astype(dtype)
+
+
+def test_scores(level, dtype, x, rng):
+    y = rng.integers(0, 9, (4, 6))
+    scores = ce.score_tokens(x, y, entropy=True, rank=True)
+    assert isinstance(scores, ce.TokenScores)
+    assert scores._fields == ("logprob", "logsumexp", "argmax", "entropy", "rank")
+    check_scores(scores, reference.score_tokens(x, y, entropy=True, rank=True), dtype)
+    plain = ce.score_tokens(x, y)
+    assert plain.entropy is None
+    assert plain.rank is None
+    for name in ("logprob", "logsumexp", "argmax"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(scores, name))
+    np.testing.assert_allclose(plain.logprob, -ce.cross_entropy(x, y, reduction="none"), rtol=8 * eps(row_dtype(dtype)))
+    np.testing.assert_allclose(plain.logsumexp, ce.logsumexp(x), rtol=8 * eps(row_dtype(dtype)))
+    assert scores.perplexity == pytest.approx(np.exp(ce.cross_entropy(x, y)), rel=8 * eps(row_dtype(dtype)))
+    np.testing.assert_array_equal(scores.is_greedy, x.argmax(-1) == y)
+    assert scores.is_greedy.dtype == np.bool_
+    # The named tuple is one: it unpacks, copies and travels.
+    assert len(tuple(scores)) == 5
+    for other in (copy.copy(scores), copy.deepcopy(scores), pickle.loads(pickle.dumps(scores))):
+        assert type(other) is ce.TokenScores
+        np.testing.assert_array_equal(other.is_greedy, scores.is_greedy)
+        assert other.perplexity == scores.perplexity
+
+
+def test_a_single_token(dtype):
+    scores = ce.score_tokens(np.array([1.0, 3.0, 2.0], dtype), 2, entropy=True, rank=True)
+    want = reference.score_tokens([1.0, 3.0, 2.0], 2, entropy=True, rank=True)
+    for value in scores:
+        assert np.shape(value) == ()
+    assert scores.argmax == 1
+    assert scores.rank == 1
+    assert not scores.is_greedy
+    assert scores.logprob == pytest.approx(want.logprob, rel=1e-6)
+    assert scores.perplexity == pytest.approx(want.perplexity, rel=1e-6)
+
+
+def test_ignored_positions_are_never_read(level, dtype, x, rng):
+    y = rng.integers(0, 9, (4, 6))
+    y[rng.random(y.shape) < 0.4] = 7
+    x = x.copy()
+    x[y == 7] = NAN
+    for given_x, given_y, axis in ((x, y, -1), (np.ascontiguousarray(x.T), y.T, 0), (np.moveaxis(x, -1, 1).copy(), y, 1)):
+        got = ce.score_tokens(given_x, given_y, axis=axis, ignore_index=7, entropy=True, rank=True)
+        ignored = given_y == 7
+        for value, mark in zip(got, (0, 0, -1, 0, -1), strict=True):
+            assert (value[ignored] == mark).all()
+        assert not np.isnan(got.logprob).any()
+        assert not got.is_greedy[ignored].any()
+        kept = got.logprob[~ignored].astype(F64)
+        assert got.perplexity == pytest.approx(np.exp(-kept.mean()), rel=1e-12)
+        check_scores(got, reference.score_tokens(given_x, given_y, axis=axis, ignore_index=7, entropy=True, rank=True), dtype)
+    nothing = ce.score_tokens(x, np.full_like(y, 7), ignore_index=7)
+    assert np.isnan(nothing.perplexity)
+    assert np.isnan(reference.score_tokens(x, np.full_like(y, 7), ignore_index=7).perplexity)
+
+
+@pytest.mark.parametrize("layout", list(INPUTS))
+def test_shift(level, dtype, x, rng, layout):
+    y = rng.integers(0, 9, (4, 6))
+    y[0, 0] = 12345  # never scored
+    for axis in range(3):
+        given_x, given_y = arrange(np.moveaxis(x, -1, axis).copy(), layout), arrange(y, layout)
+        got = ce.score_tokens(given_x, given_y, axis=axis, shift=True, entropy=True, rank=True)
+        want = ce.score_tokens(x[:, :-1].copy(), y[:, 1:].copy(), entropy=True, rank=True)
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == (4, 5)
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(got.is_greedy, want.is_greedy)
+        assert got.perplexity == want.perplexity
+    one = ce.score_tokens(x[:, :1], y[:, :1], shift=True)
+    assert one.logprob.shape == (4, 0)
+    assert np.isnan(one.perplexity)
+    assert ce.score_tokens(x[:, :0], y[:, :0], shift=True).logprob.shape == (4, 0)
+    assert ce.score_tokens(x[0], y[0], shift=True).logprob.shape == (5,)
+
+
+def test_every_integer_type_of_tokens(dtype):
+    x = np.random.default_rng(0).normal(0, 2, (5, 4)).astype(dtype)
+    y = np.array([0, 3, 1, 2, 3])
+    want = ce.score_tokens(x, y)
+    for index in INDEX_DTYPES:
+        for tokens in (y.astype(index), y.astype(index.newbyteorder())):
+            np.testing.assert_array_equal(ce.score_tokens(x, tokens).logprob, want.logprob)
+
+
+BAD_ROWS = {
+    "all -inf": lambda x: np.full_like(x, -INF),
+    "+inf": lambda x: np.where(np.arange(x.size) == x.size // 2, INF, x).astype(x.dtype),
+    "nan": lambda x: np.where(np.arange(x.size) == x.size // 2, NAN, x).astype(x.dtype),
+    "nan and +inf": lambda x: np.where(np.arange(x.size) == x.size // 2, NAN, np.where(np.arange(x.size) == 0, INF, x)).astype(x.dtype),
+    "all nan": lambda x: np.full_like(x, NAN),
+}
+
+
+@pytest.mark.parametrize("classes", [1, 3, 17, 600, 1100])
+@pytest.mark.parametrize("bad", list(BAD_ROWS))
+def test_rows_without_a_softmax(level, dtype, bad, classes, rng):
+    good = rng.normal(0, 2, classes).astype(dtype)
+    x = np.stack([good, BAD_ROWS[bad](good), good])
+    for given_x, axis in ((x, 1), (np.asfortranarray(x), 1), (np.ascontiguousarray(x.T), 0)):
+        y = np.array([0, classes // 2, 0])
+        got = ce.score_tokens(given_x, y, axis=axis, entropy=True, rank=True)
+        want = reference.score_tokens(given_x, y, axis=axis, entropy=True, rank=True)
+        check_scores(got, want, dtype)
+        assert np.isnan(got.logprob[1])
+        assert np.isnan(got.entropy[1])
+        for k in {1, min(4, classes), classes}:
+            logprobs, indices = ce.topk_logprobs(given_x, k, axis=axis)
+            best, order = reference.topk_logprobs(given_x, k, axis=axis)
+            np.testing.assert_array_equal(indices, order)
+            np.testing.assert_array_equal(np.isnan(logprobs), np.isnan(best))
+        for p, q in ((x, np.stack([good] * 3)), (np.stack([good] * 3), x)):
+            kl, grad = ce.kl_divergence_with_grad(p, q)
+            assert np.isnan(kl[1])
+            assert (kl[[0, 2]] == 0).all()
+            assert np.isnan(grad[1].astype(F64)).all()
+            assert (grad[[0, 2]].astype(F64) == 0).all()
+
+
+@pytest.mark.parametrize("classes", [2, 17, 600, 1100])
+def test_minus_infinity(level, dtype, classes, rng):
+    x = rng.normal(0, 2, (6, classes)).astype(dtype)
+    y = rng.integers(0, classes, 6)
+    masked = (y + 1) % classes
+    x[np.arange(6), masked] = -INF
+    got = ce.score_tokens(x, y, entropy=True, rank=True)
+    check_scores(got, reference.score_tokens(x, y, entropy=True, rank=True), dtype)
+    assert np.isfinite(got.entropy).all()
+    at = ce.score_tokens(x, masked, rank=True)
+    assert np.isneginf(at.logprob).all()
+    assert (at.rank == classes - 1).all()
+    logprobs, indices = ce.topk_logprobs(x, classes)
+    assert (indices[:, -1] == masked).all()
+    assert np.isneginf(logprobs[:, -1]).all()
+    # 0·log 0 = 0 in P; where Q alone excludes a class it is infinitely far, and the gradient is finite.
+    q = rng.normal(0, 2, x.shape).astype(dtype)
+    loss, grad = ce.kl_divergence_with_grad(x, q)
+    want, want_grad = reference.kl_divergence_with_grad(x, q)
+    assert np.isfinite(loss).all()
+    check_kl(loss, want, grad, want_grad, x, q, {})
+    both = q.copy()
+    both[np.arange(6), masked] = -INF
+    loss, grad = ce.kl_divergence_with_grad(x, both)
+    want, want_grad = reference.kl_divergence_with_grad(x, both)
+    check_kl(loss, want, grad, want_grad, x, both, {})
+    assert (grad[np.arange(6), masked].astype(F64) == 0).all()
+    loss, grad = ce.kl_divergence_with_grad(q, x)
+    assert np.isposinf(loss).all()
+    assert np.isfinite(grad.astype(F64)).all()
+    for reduction in ("mean", "sum"):
+        assert ce.kl_divergence(q, x, reduction=reduction) == INF
+    # However little mass P has there.
+    far = np.zeros((1, 3), dtype)
+    far[0, 1] = -300
+    assert np.isposinf(ce.kl_divergence(far, np.array([[0.0, -INF, 0.0]], dtype)))
+
+
+def test_leading_blocks_of_minus_infinity(level, dtype, rng):
+    """A maximum that is found late, in either."""
+    for classes in (700, 1500, 2100):
+        for where in range(0, classes, 171):
+            p, q = rng.normal(0, 2, (2, 1, classes)).astype(dtype)
+            for mask_p, mask_q in ((True, False), (True, True)):
+                a, b = p.copy(), q.copy()
+                if mask_p:
+                    a[:, :where] = -INF
+                if mask_q:
+                    b[:, :where] = -INF
+                loss, grad = ce.kl_divergence_with_grad(a, b)
+                want, want_grad = reference.kl_divergence_with_grad(a, b)
+                check_kl(loss, want, grad, want_grad, a, b, {}, f"{classes} {where} {mask_p} {mask_q}")
+            check_scores(ce.score_tokens(a, [where], entropy=True), reference.score_tokens(a, [where], entropy=True), dtype)
+
+
+def test_logits_of_any_size(level, dtype):
+    largest = 6e4 if dtype == F16 else 1e30
+    rows = [
+        [largest, -largest, 0.0],
+        [-largest, -largest, -largest],
+        [largest, largest, 1.0],
+        [0.0, -largest, 1.0],
+        [largest, largest / 2, 0.0],
+    ]
+    x = np.array(rows).astype(dtype)
+    y = np.array([0, 1, 2, 1, 1])
+    check_scores(ce.score_tokens(x, y, entropy=True, rank=True), reference.score_tokens(x, y, entropy=True, rank=True), dtype)
+    for tau in (1.0, 4.0):
+        for p, q in ((x, x), (x, x[::-1].copy()), (np.zeros_like(x), x), (x, np.zeros_like(x)), (x, np.roll(x, 1, 1))):
+            loss, grad = ce.kl_divergence_with_grad(p, q, temperature=tau)
+            want, want_grad = reference.kl_divergence_with_grad(p, q, temperature=tau)
+            assert not np.isnan(loss).any()
+            np.testing.assert_allclose(loss, want, rtol=64 * eps(row_dtype(dtype)))
+            np.testing.assert_allclose(grad.astype(F64), want_grad, rtol=0, atol=8 * eps(dtype))
+    # The differences of two such rows do not overflow.
+    if dtype != F64:
+        top = float(ml_dtypes.finfo(dtype).max)
+        assert ce.kl_divergence(np.full((1, 4), top, dtype), np.full((1, 4), -top, dtype)) == 0
+
+
+# --- top-k -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 64, 65, 300, 513, 1030, 5000])
+def test_topk(level, dtype, classes, rng):
+    x = rng.normal(0, 3, (5, classes)).astype(dtype)
+    for k in sorted({0, 1, 2, 3, 20, 64, 65, 257, classes // 2, classes - 1, classes}):
+        if k > classes:
+            continue
+        logprobs, indices = ce.topk_logprobs(x, k)
+        best, order = reference.topk_logprobs(x, k)
+        assert logprobs.dtype == row_dtype(dtype)
+        assert indices.dtype == np.int64
+        assert logprobs.shape == indices.shape == (5, k)
+        np.testing.assert_array_equal(indices, order)
+        check_array(logprobs, best, np.abs(best), row_dtype(dtype), 6, f"k = {k}")
+        if dtype in (F32, F64):
+            np.testing.assert_allclose(logprobs, np.take_along_axis(ce.log_softmax(x), indices, -1), rtol=8 * 2 * eps(dtype))
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "few values", "zeros of both signs", "peaks at block ends"])
+def test_topk_ties_and_orders(level, dtype, order, rng):
+    for classes in (10, 600, 1300):
+        x = rng.normal(0, 3, (3, classes)).astype(dtype)
+        if order == "ascending":
+            x.sort(-1)
+        elif order == "descending":
+            x = np.ascontiguousarray(np.sort(x, -1)[:, ::-1])
+        elif order == "equal":
+            x[:] = 1.5
+        elif order == "few values":
+            x = rng.integers(0, 4, x.shape).astype(dtype)
+        elif order == "zeros of both signs":
+            x = np.where(rng.random(x.shape) < 0.5, 0.0, -0.0).astype(dtype)
+        else:
+            x[:, [0, -1, classes // 2]] = 20
+        for k in (1, 3, 10, classes):
+            np.testing.assert_array_equal(ce.topk_logprobs(x, k)[1], reference.topk_logprobs(x, k)[1])
+
+
+# --- KL --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_kl_reductions(level, dtype, rng):
+    p, q = rng.normal(0, 2, (2, 3, 5, 7)).astype(dtype)
+    rows = ce.kl_divergence(p, q)
+    assert rows.dtype == row_dtype(dtype)
+    assert rows.shape == (3, 5)
+    total = ce.kl_divergence(p, q, reduction="sum")
+    assert type(total) is float
+    assert total == pytest.approx(rows.astype(F64).sum(), rel=1e-14)
+    assert ce.kl_divergence(p, q, reduction="mean") == pytest.approx(total / 15, rel=1e-14)
+    for reduction in ("none", "sum", "mean"):
+        for g in (None, -2.0, 3):
+            loss, grad = ce.kl_divergence_with_grad(p, q, reduction=reduction, grad_output=g, temperature=2.0)
+            want, want_grad = reference.kl_divergence_with_grad(p, q, reduction=reduction, grad_output=g, temperature=2.0)
+            check_kl(loss, want, grad, want_grad, p, q, {"temperature": 2.0})
+            np.testing.assert_array_equal(loss, ce.kl_divergence(p, q, reduction=reduction, temperature=2.0))
+    g = rng.normal(0, 1, (3, 5))
+    for kind in DTYPES:
+        rows_g = g.astype(kind)
+        loss, grad = ce.kl_divergence_with_grad(p, q, grad_output=rows_g)
+        want, want_grad = reference.kl_divergence_with_grad(p, q, grad_output=rows_g)
+        check_kl(loss, want, grad, want_grad, p, q, {})
+    assert np.isnan(ce.kl_divergence(p[:0], q[:0], reduction="mean"))
+    assert ce.kl_divergence(p[:0], q[:0], reduction="sum") == 0.0
+    assert ce.kl_divergence(p[:0], q[:0]).shape == (0, 5)
+    np.testing.assert_array_equal(ce.kl_divergence(p[..., :0], q[..., :0]), np.zeros((3, 5)))
+    np.testing.assert_array_equal(ce.kl_divergence(p[..., :1], q[..., :1]), np.zeros((3, 5)))
+
+
+def test_kl_in_place_and_out(level, dtype, rng):
+    for shape, axis in (((6, 700), 1), ((700, 6), 0), ((3, 10, 40), 1)):
+        p, q = rng.normal(0, 2, (2, *shape)).astype(dtype)
+        loss, want = ce.kl_divergence_with_grad(p, q, axis=axis)
+        for layout in OUTPUTS:
+            out = arrange(np.full(shape, 7, dtype), layout)
+            got_loss, got = ce.kl_divergence_with_grad(p, q, axis=axis, out=out)
+            assert got is out
+            np.testing.assert_array_equal(got_loss, loss)
+            np.testing.assert_array_equal(got, want)
+            place = arrange(q, layout)
+            got_loss, got = ce.kl_divergence_with_grad(p, place, axis=axis, out=place)
+            assert got is place
+            np.testing.assert_array_equal(got_loss, loss)
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("p_dtype", DTYPES, ids=lambda d: d.name)
+def test_kl_of_two_types(level, dtype, p_dtype, rng):
+    p, q = rng.normal(0, 2, (4, 600)).astype(p_dtype), rng.normal(0, 2, (4, 600)).astype(dtype)
+    for a, b, axis in ((p, q, 1), (np.asfortranarray(p), q, 1), (np.ascontiguousarray(p.T), np.asfortranarray(q.T), 0)):
+        loss, grad = ce.kl_divergence_with_grad(a, b, axis=axis)
+        assert loss.dtype == (F64 if F64 in (dtype, p_dtype) else F32)
+        want, want_grad = reference.kl_divergence_with_grad(a, b, axis=axis)
+        check_kl(loss, want, grad, want_grad, a, b, {"axis": axis})
+        place = b.copy(order="K")
+        np.testing.assert_array_equal(ce.kl_divergence_with_grad(a, place, axis=axis, out=place)[1], grad)
+
+
+def test_kl_keeps_the_digits_of_small_divergences(level):
+    """The exact values, from double-double arithmetic; in float32 Σ p·(log p − log q) has nothing left at 1e-14."""
+    rng = np.random.default_rng(7)
+    for dtype, bound in ((F32, 32), (F64, 128)):
+        for classes in (2, 3, 10, 64, 513, 1100):
+            for family in ("plain", "flat", "confident", "late", "offset", "rising", "outlier", "shuffled"):
+                for distance in (1e-5, 1e-2, 0.3, 10):
+                    p = rng.normal(0, 0.01 if family == "flat" else 3, (4, classes))
+                    if family == "confident":
+                        p[:, rng.integers(classes)] += rng.uniform(15, 40)
+                    elif family == "late":
+                        p[:, -1] += rng.uniform(5, 30)
+                    elif family == "rising":
+                        p.sort(-1)
+                    p = p.astype(dtype)
+                    q = p + rng.normal(0, distance, p.shape)
+                    if family == "offset":
+                        q += 100
+                    elif family == "outlier":
+                        q[np.arange(4), p.argmax(-1)] += rng.normal(0, 3)
+                    elif family == "shuffled":
+                        q = rng.permuted(q, axis=1)
+                    q = q.astype(dtype)
+                    a, b = exact(p), exact(q)
+                    want = (a.probs * (a.log_probs - b.log_probs)).sum()
+                    loss, grad = ce.kl_divergence_with_grad(p, q)
+                    # The oracle's own error, relative to probabilities of 1.
+                    slack = 2.0**-98
+                    good = np.abs((loss - want.hi) - want.lo) <= bound * 2 * eps(dtype) * np.abs(want.hi) + slack + tiny(dtype)
+                    assert good.all(), (dtype, classes, family, distance, loss, want.hi)
+                    unit = 2 * eps(dtype) * np.maximum(a.probs.hi, b.probs.hi)
+                    difference = b.probs - a.probs
+                    assert (np.abs((grad - difference.hi) - difference.lo) <= 8 * unit + 2 * tiny(dtype)).all()
+
+
+def test_kl_gradient_of_confident_rows(level):
+    p, q = np.array([[30.0, 0.0]], np.float32), np.array([[0.0, -25.0]], np.float32)
+    _, grad = ce.kl_divergence_with_grad(p, q)
+    np.testing.assert_allclose(grad, [[np.exp(-30) - np.exp(-25), np.exp(-25) - np.exp(-30)]], rtol=1e-6)
+
+
+def test_kl_gradients_by_differences(level):
+    rng = np.random.default_rng(8)
+    p, q = rng.normal(0, 2, (2, 3, 6))
+    for tau in (0.5, 1.0, 3.0):
+        for reduction in ("sum", "mean"):
+            grad = ce.kl_divergence_with_grad(p, q, temperature=tau, reduction=reduction)[1]
+            h = 1e-3
+            for i in range(q.size):
+                step = np.zeros(q.size)
+                step[i] = h
+                step = step.reshape(q.shape)
+                f = [ce.kl_divergence(p, q + n * step, temperature=tau, reduction=reduction) for n in (-2, -1, 1, 2)]
+                want = (f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * h)
+                assert grad.flat[i] == pytest.approx(want, abs=1e-10)
+
+
+def test_kl_beside_pytorch(level, dtype, rng):
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    p, q = rng.normal(0, 2, (2, 5, 40)).astype(dtype)
+    tp, tq = (torch.tensor(a.astype(F64), requires_grad=True) for a in (p, q))
+    for tau in (1.0, 2.0):
+        lq, lp = functional.log_softmax(tq / tau, -1), functional.log_softmax(tp / tau, -1)
+        want = functional.kl_div(lq, lp, log_target=True, reduction="sum")
+        tq.grad = None
+        want.backward()
+        loss, grad = ce.kl_divergence_with_grad(p, q, temperature=tau, reduction="sum")
+        assert loss == pytest.approx(want.item(), rel=64 * eps(row_dtype(dtype)))
+        np.testing.assert_allclose(grad.astype(F64), tq.grad.numpy(), rtol=4 * eps(dtype), atol=8 * eps(dtype))
+    best, order = torch.topk(torch.log_softmax(tp, -1), 7)
+    logprobs, indices = ce.topk_logprobs(p, 7)
+    np.testing.assert_allclose(logprobs, best.detach().numpy(), rtol=8 * eps(row_dtype(dtype)))
+    if dtype in (F32, F64):  # no ties
+        np.testing.assert_array_equal(indices, order.numpy())
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=lambda d: d.name)
+@pytest.mark.parametrize("classes", [2, 10, 100, 1100])
+def test_ulps_of_scores(level, dtype, classes, rng):
+    for scale, lift in ((1, 0), (5, 0), (3, 1e4), (0.01, 0), (3, -1e6)):
+        x = (rng.normal(0, scale, (40, classes)) + lift).astype(dtype)
+        x[::2, classes // 2] += rng.uniform(5, 60, 20).astype(dtype)
+        for y in (rng.integers(0, classes, 40), x.argmax(-1)):
+            row = exact(x)
+            got = ce.score_tokens(x, y, entropy=True)
+            at = (np.arange(40), y)
+            assert_ulps(got.logprob, row.log_probs[at], dtype, 4, what="logprob")
+            assert_ulps(got.logsumexp, row.logsumexp, dtype, 4, scale=np.maximum(np.abs(row.m), np.abs(row.logsumexp.hi)), what="logsumexp")
+            assert_ulps(got.entropy, -(row.probs * row.log_probs).sum(), dtype, 8, what="entropy")
+        logprobs, indices = ce.topk_logprobs(x, min(classes, 9))
+        rows = np.arange(40)[:, None]
+        assert_ulps(logprobs, row.log_probs[rows, indices], dtype, 4, what="topk")
+
+
+def test_entropy_of_known_distributions(level, dtype):
+    for classes in (1, 2, 8, 64, 1024):
+        got = ce.score_tokens(np.zeros((1, classes), dtype), [0], entropy=True).entropy
+        np.testing.assert_allclose(got, np.log(classes), rtol=4 * eps(row_dtype(dtype)), atol=0)
+    confident = ce.score_tokens(np.array([[40.0, 0.0]], dtype), [0], entropy=True)
+    # p·log(1/p) of the other class and the rest of the first: e^−40·(40 + 1).
+    np.testing.assert_allclose(confident.entropy, 41 * np.exp(-40.0), rtol=1e-6)
+    np.testing.assert_allclose(confident.logprob, -np.exp(-40.0), rtol=1e-6)
+
+
+# --- every layout ----------------------------------------------------------------------------------------------------------------------
+
+FACTORS = {
+    "function": ("score", "topk", "kl"),
+    "dtype": DTYPES,
+    "layout": tuple(INPUTS),
+    "other": tuple(INPUTS),
+    "shape": tuple(SHAPES),
+    "classes": CLASSES,
+    "negative_axis": (False, True),
+    "ignored": (False, True),
+    "options": (0, 1, 2, 3),
+    "out": (None, "in place", *OUTPUTS),
+}
+CASES = pairwise(FACTORS, seed=5)
+
+
+def run_case(case, seed, where):
+    rng = np.random.default_rng(seed)
+    before, after = SHAPES[case["shape"]]
+    classes, dtype = case["classes"], case["dtype"]
+    if np.prod(before + after, dtype=int) * classes > 40_000:
+        before, after = before[:1], after[:1]
+    shape, axis = (*before, classes, *after), len(before)
+    x = (rng.normal(0, rng.choice([1.0, 6.0]), shape) + rng.choice([0.0, 30.0])).astype(dtype)
+    if case["layout"] == "broadcast":
+        flat = [a for a, n in enumerate(shape) if n > 1]
+        if flat:
+            x = flat_axis(x, flat[seed % len(flat)])
+    given_x, along = arrange(x, case["layout"]), axis - len(shape) if case["negative_axis"] else axis
+    bits = given_x.tobytes()
+    option = case["options"]
+    if case["function"] == "score":
+        y = rng.integers(0, classes, before + after)
+        ignore = 0 if case["ignored"] else None
+        options = {"axis": along, "ignore_index": ignore, "entropy": option % 2 == 1, "rank": option >= 2}
+        if y.ndim and seed % 2:
+            options["shift"] = True
+        got = ce.score_tokens(given_x, arrange(y, case["other"]), **options)
+        check_scores(got, reference.score_tokens(x, y, **options), dtype, where)
+    elif case["function"] == "topk":
+        k = (1, min(3, classes), classes, classes // 2)[option]
+        logprobs, indices = ce.topk_logprobs(given_x, k, axis=along)
+        best, order = reference.topk_logprobs(x, k, axis=along)
+        np.testing.assert_array_equal(indices, order, err_msg=where)
+        check_array(logprobs, best, np.abs(best), row_dtype(dtype), 6, where)
+    else:
+        q = (x.astype(F64) + rng.normal(0, 10.0 ** rng.integers(-4, 1), shape)).astype(dtype)
+        options = {"axis": along, "temperature": (1.0, 2.0, 0.7, 1.0)[option], "reduction": ("none", "none", "sum", "mean")[option]}
+        given_q = arrange(q, case["other"])
+        out = None
+        if case["out"] == "in place":
+            if case["other"] in ("read-only", "byte-swapped", "misaligned", "broadcast"):
+                given_q = q.copy()
+            out = given_q
+        elif case["out"] is not None:
+            out = arrange(np.full(shape, 7, dtype), case["out"])
+        want, want_grad = reference.kl_divergence_with_grad(x, q, **options)
+        loss, grad = ce.kl_divergence_with_grad(given_x, given_q, out=out, **options)
+        assert out is None or grad is out
+        check_kl(loss, want, grad, want_grad, x, q, options, where)
+    assert given_x.tobytes() == bits, "logits were written to"
+
+
+@pytest.mark.parametrize("chunk", range(6))
+def test_pairwise(chunk):
+    for seed, case in list(enumerate(CASES))[chunk::6]:
+        for level in each_level():
+            run_case(case, seed, f"{level} case {seed} {case}:")
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["rows", "columns"])
+def test_every_length(dtype, inner):
+    rng = np.random.default_rng(3)
+    for classes in LENGTHS:
+        n = (1, 16, 35)[classes % 3]
+        x = rng.normal(0, 4, (n, classes)).astype(dtype)
+        q = (x.astype(F64) + rng.normal(0, 0.5, x.shape)).astype(dtype)
+        y = rng.integers(0, classes, n)
+        k = min(classes, 5)
+        want = reference.score_tokens(x, y, entropy=True, rank=True)
+        best, order = reference.topk_logprobs(x, k)
+        want_kl, want_grad = reference.kl_divergence_with_grad(x, q)
+        a, b, axis = (np.ascontiguousarray(x.T), np.ascontiguousarray(q.T), 0) if inner else (x, q, 1)
+        for level in each_level():
+            where = f"{level} C={classes} N={n}"
+            check_scores(ce.score_tokens(a, y, axis=axis, entropy=True, rank=True), want, dtype, where)
+            logprobs, indices = ce.topk_logprobs(a, k, axis=axis)
+            np.testing.assert_array_equal(indices.T if inner else indices, order, err_msg=where)
+            check_array(logprobs.T if inner else logprobs, best, np.abs(best), row_dtype(dtype), 6, where)
+            kl, grad = ce.kl_divergence_with_grad(a, b, axis=axis)
+            check_kl(kl, want_kl, grad.T if inner else grad, want_grad, x, q, {}, where)
+
+
+def test_the_same_bits_for_threads_layouts_and_neighbours(level, dtype):
+    rng = np.random.default_rng(4)
+    x, q = rng.normal(0, 3, (2, 300, 601)).astype(dtype)
+    y = rng.integers(0, 601, 300)
+
+    def everything(x, q, y):
+        loss, grad = ce.kl_divergence_with_grad(x, q)
+        return [*ce.score_tokens(x, y, entropy=True, rank=True), *ce.topk_logprobs(x, 9), loss, grad]
+
+    want = everything(x, q, y)
+    total = ce.kl_divergence(x, q, reduction="sum")
+    for threads in (1, 2, 3, 7):
+        with ce.threads(threads):
+            for a, b in zip(everything(x, q, y), want, strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert ce.kl_divergence(x, q, reduction="sum") == total
+    for layout in INPUTS:
+        if layout != "broadcast":
+            for a, b in zip(everything(arrange(x, layout), arrange(q, layout), y), want, strict=True):
+                np.testing.assert_array_equal(a, b)
+    for row in (0, 17, 299):
+        one = slice(row, row + 1)
+        for a, b in zip(everything(x[one], q[one], y[one]), want, strict=True):
+            np.testing.assert_array_equal(a, b[one])
+
+
+def test_dlpack_and_lists():
+    scores = ce.score_tokens([[0.0, 1.0], [2.0, 0.0]], [1, 1])
+    np.testing.assert_allclose(scores.logprob, reference.score_tokens([[0.0, 1.0], [2.0, 0.0]], [1, 1]).logprob)
+    torch = pytest.importorskip("torch")
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    y = torch.tensor([0, 7, 3])
+    want = ce.score_tokens(x.float().numpy().astype(BF16), y.numpy())
+    np.testing.assert_array_equal(ce.score_tokens(x, y).logprob, want.logprob)
+    assert ce.topk_logprobs(x, 2)[0].shape == (3, 2)
+    assert ce.kl_divergence(x, x).tolist() == [0, 0, 0]
+
+
+# --- properties ------------------------------------------------------------------------------------------------------------------------
+
+ELEMENTS = st.one_of(st.floats(-100, 100, width=32), st.sampled_from([0.0, -INF, 1e30, -1e30, 88.0, -150.0, -151.0]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(1, 40), st.sampled_from([np.float32, np.float64]))
+def test_properties(data, classes, dtype):
+    p = data.draw(hnp.arrays(dtype, (2, classes), elements=ELEMENTS))
+    q = data.draw(hnp.arrays(dtype, (2, classes), elements=ELEMENTS))
+    y = data.draw(hnp.arrays(np.int64, 2, elements=st.integers(0, classes - 1)))
+    k = data.draw(st.integers(0, classes))
+    scores = ce.score_tokens(p, y, entropy=True, rank=True)
+    want = reference.score_tokens(p, y, entropy=True, rank=True)
+    check_scores(scores, want, np.dtype(dtype))
+    valid = ~np.isnan(scores.logprob)
+    assert (scores.logprob[valid] <= 0).all()
+    assert (scores.entropy[valid] >= 0).all()
+    assert (scores.entropy[valid] <= np.log(classes) * (1 + 1e-6) + 1e-12).all()
+    logprobs, indices = ce.topk_logprobs(p, k)
+    np.testing.assert_array_equal(indices, reference.topk_logprobs(p, k)[1])
+    assert (logprobs[valid, 1:] <= logprobs[valid, :-1]).all()
+    with np.errstate(all="ignore"):
+        loss, grad = ce.kl_divergence_with_grad(p, q)
+        want_loss, want_grad = reference.kl_divergence_with_grad(p, q)
+    assert not (loss < 0).any()
+    np.testing.assert_array_equal(np.isnan(loss), np.isnan(want_loss))
+    # The reference itself cancels, the more the larger the logits are.
+    slack = 1e-13 if np.abs(p[np.isfinite(p)]).max(initial=0) < 1e3 else 1e-5
+    np.testing.assert_allclose(loss, want_loss, rtol=64 * eps(np.dtype(dtype)), atol=slack)
+    np.testing.assert_allclose(grad, want_grad, rtol=0, atol=8 * eps(np.dtype(dtype)))
+    self_loss, self_grad = ce.kl_divergence_with_grad(p, p)
+    assert ((self_loss == 0) | np.isnan(self_loss)).all()
+    assert ((self_grad == 0) | np.isnan(self_grad)).all()
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------------------------
+
+X = np.random.default_rng(0).normal(0, 2, (6, 5)).astype(np.float32)
+Y = np.array([0, 1, 2, 3, 4, 0])
+
+
+def test_tokens_out_of_range():
+    y = Y.copy()
+    y[3] = 5
+    message = refuses(IndexError, "", ce.score_tokens, X, y)
+    assert message == (
+        "tokens[3] = 5 is out of bounds for 5 classes (axis -1 of logits with shape (6, 5)); if it marks padding, pass ignore_index=5"
+    )
+    assert ce.score_tokens(X, y, ignore_index=5).argmax[3] == -1
+    refuses(IndexError, r"tokens\[3\] = 5 ", ce.score_tokens, X, y, ignore_index=-100)
+    many = np.zeros((2, 3, 4), np.int64)
+    many[1, 2, 3] = -1
+    refuses(IndexError, r"tokens\[1, 2, 3\] = -1 ", ce.score_tokens, np.zeros((2, 3, 4, 5)), many)
+    refuses(IndexError, r"tokens\[1, 2, 3\] = -1 ", ce.score_tokens, np.zeros((2, 3, 4, 5)), many, shift=True)
+    refuses(IndexError, "0 classes", ce.score_tokens, np.zeros((2, 0)), [0, 0])
+
+
+def test_shapes_and_axes():
+    refuses(ValueError, r"tokens has shape \(5,\).*shape \(6,\).*pass axis=0", ce.score_tokens, X, np.zeros(5, int))
+    refuses(ValueError, "pass axis=1", ce.score_tokens, np.zeros((2, 7, 3)), np.zeros((2, 3), int))
+    refuses(ValueError, r"tokens has shape \(6, 5\)", ce.score_tokens, X, np.zeros((6, 5), int))
+    refuses(ValueError, "shift=True", ce.score_tokens, X[0], 1, shift=True)
+    refuses(ValueError, r"q_logits has shape \(6, 4\).*p_logits, \(6, 5\)", ce.kl_divergence, X, X[:, :4])
+    for f, args in ((ce.score_tokens, (1,)), (ce.topk_logprobs, (1,)), (ce.kl_divergence, (2.0,)), (ce.kl_divergence_with_grad, (2.0,))):
+        refuses(ValueError, "class axis", f, np.array(1.0), *args)
+    for axis in (2, -3):
+        refuses(np.exceptions.AxisError, "", ce.score_tokens, X, Y, axis=axis)
+        refuses(np.exceptions.AxisError, "", ce.topk_logprobs, X, 1, axis=axis)
+        refuses(np.exceptions.AxisError, "", ce.kl_divergence, X, X, axis=axis)
+    for k in (-1, 6, 10**30):
+        refuses(ValueError, "^k = ", ce.topk_logprobs, X, k)
+    refuses(TypeError, "^k must be an integer", ce.topk_logprobs, X, 1.5)
+    refuses(TypeError, "ignore_index must be an integer", ce.score_tokens, X, Y, ignore_index=1.5)
+    refuses(ValueError, "ignore_index", ce.score_tokens, X, Y, ignore_index=2**63)
+
+
+def test_types():
+    for bad, name in ((X.astype(int), "int64"), (X > 0, "bool"), (X.astype(complex), "complex128"), (X.astype(object), "object")):
+        refuses(TypeError, f"logits has dtype {name}", ce.score_tokens, bad, Y)
+        refuses(TypeError, f"logits has dtype {name}", ce.topk_logprobs, bad, 1)
+        refuses(TypeError, f"p_logits has dtype {name}", ce.kl_divergence, bad, X)
+        refuses(TypeError, f"q_logits has dtype {name}", ce.kl_divergence_with_grad, X, bad)
+    refuses(TypeError, r"tokens has dtype float64.*tokens\.astype", ce.score_tokens, X, Y.astype(float))
+    refuses(TypeError, "tokens has dtype bool", ce.score_tokens, X, Y > 0)
+    refuses(TypeError, "out must be a numpy.ndarray", ce.kl_divergence_with_grad, X, X, out=[1.0])
+
+
+def test_options_and_outputs_of_kl():
+    for tau in (0.0, -1.0, INF, NAN):
+        refuses(ValueError, "temperature must be", ce.kl_divergence, X, X, temperature=tau)
+    refuses(ValueError, "reduction must be", ce.kl_divergence, X, X, reduction="batchmean")
+    q = X.copy()
+    f = ce.kl_divergence_with_grad
+    refuses(TypeError, "out has dtype", f, X, q, out=np.zeros((6, 5)))
+    refuses(ValueError, "out has shape", f, X, q, out=np.zeros((5, 6), np.float32))
+    refuses(ValueError, "out overlaps p_logits", f, X, q, out=X)
+    refuses(ValueError, "only q_logits itself", f, X, q, out=q[::-1])
+    refuses(ValueError, "grad_output has shape", f, X, q, grad_output=np.ones(5))
+    refuses(ValueError, "reduction='none'", f, X, q, grad_output=np.ones(6), reduction="sum")
+    locked = q.copy()
+    locked.flags.writeable = False
+    refuses(ValueError, "read-only", f, X, q, out=locked)
