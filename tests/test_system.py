@@ -594,6 +594,79 @@ def test_no_layout_is_copied_whole(layout):
 
 
 @linux
+@pytest.mark.parametrize("spare", [0, 4, 16, 24, 32, 64, 200])
+def test_memory_that_is_not_there_is_an_error(spare):
+    """MemoryError, never an abort: whatever the arguments make the library allocate, from row arguments to scratch space."""
+    python(f"""
+        import resource
+        import numpy as np, crossent as ce
+        ce.set_num_threads(2)
+        rows, labels = np.broadcast_to(np.float32(0), (3_000_000, 4)), np.broadcast_to(np.uint8(1), (3_000_000,))
+        wide, x, y = np.broadcast_to(np.float32(0), (1, 10_000_000)), np.ones((200, 20000), np.float32), np.zeros(200, int)
+        sparse = ce.SparseProbs(np.zeros((200, 5000), int), np.zeros((200, 5000), np.float32))
+        ce.softmax(x)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + ({spare} << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        for call in (
+            lambda: ce.cross_entropy(wide, [5], label_smoothing=0.1),
+            lambda: ce.cross_entropy(wide, [5], label_smoothing=0.1, weight=np.broadcast_to(1.0, 10_000_000)),
+            lambda: ce.cross_entropy(rows, labels),
+            lambda: ce.cross_entropy(rows, labels, reduction="none"),
+            lambda: ce.nll_loss(rows, labels),
+            lambda: ce.nll_loss(wide, [5], weight=np.broadcast_to(1.0, 10_000_000)),
+            lambda: ce.softmax(rows),
+            lambda: ce.logsumexp(rows),
+            lambda: ce.log_softmax_vjp(rows, rows),
+            lambda: ce.cross_entropy_with_grad(rows, labels),
+            lambda: ce.cross_entropy_with_grad(x, y, label_smoothing=0.1),
+            lambda: ce.cross_entropy_with_grad(x, sparse),
+            lambda: ce.cross_entropy(rows, ce.Mixup(labels, labels, 0.5)),
+            lambda: ce.cross_entropy(rows, labels, sample_weight=np.broadcast_to(1.0, labels.shape)),
+        ):
+            try:
+                call()
+            except MemoryError:
+                pass
+    """)
+
+
+def test_broadcast_arguments_of_any_size():
+    """Stride 0 makes arrays that no memory can hold; what is asked of them is refused or takes no time."""
+    python("""
+        import numpy as np, crossent as ce
+
+        def refused(call):
+            try:
+                call()
+            except MemoryError:
+                return
+            raise AssertionError("no MemoryError")
+
+        rows, labels = np.broadcast_to(np.float32(0), (2**44, 2)), np.broadcast_to(np.uint8(0), (2**44,))
+        wide, huge = np.broadcast_to(np.float32(0), (1, 2**45)), np.broadcast_to(np.float32(0), (2**45,))
+        refused(lambda: ce.cross_entropy(rows, labels))
+        refused(lambda: ce.cross_entropy(rows, ce.Mixup(labels, labels, 0.5)))
+        refused(lambda: ce.cross_entropy(rows, rows, sample_weight=np.broadcast_to(np.float32(1), (2**44,))))
+        refused(lambda: ce.cross_entropy(rows, rows, reduction="none"))
+        refused(lambda: ce.nll_loss(rows, labels))
+        refused(lambda: ce.softmax(rows))
+        refused(lambda: ce.logsumexp(rows))
+        refused(lambda: ce.cross_entropy(wide, [0], weight=huge))
+        refused(lambda: ce.cross_entropy(wide, [0], label_smoothing=0.1))
+        refused(lambda: ce.nll_loss(wide, [0], weight=huge))
+        many = np.broadcast_to(np.uint8(0), (1, 2**44))
+        refused(lambda: ce.cross_entropy(np.zeros((1, 2)), ce.SparseProbs(many, np.broadcast_to(np.float32(0), many.shape))))
+        # Any number of rows without classes.
+        none = np.zeros((2**50, 0), np.float32)
+        assert ce.softmax(none).shape == ce.log_softmax(none).shape == ce.softmax_vjp(none, none).shape == none.shape
+        assert ce.cross_entropy(none, none) == ce.cross_entropy(none, none, reduction="sum") == 0.0
+        refused(lambda: ce.logsumexp(none))
+        refused(lambda: ce.cross_entropy(none, none, reduction="none"))
+    """, timeout=60)
+
+
+@linux
 def test_memory_mapped_logits_are_read_in_place(tmp_path):
     x = np.memmap(tmp_path / "x.bin", np.float32, "w+", shape=(400, 1000))
     x[:] = np.random.default_rng(3).normal(0, 2, x.shape)

@@ -640,7 +640,7 @@ def _cross_entropy(
     _check_option("normalizer", normalizer, normalizer is None or 0 < normalizer < np.inf, "positive and finite")
     _check_option("z_loss", z_loss, bool(np.isfinite(z_loss)), "finite")
     _check_option("softcap", softcap, softcap is None or 0 < softcap < np.inf, "positive and finite")
-    _check_option("temperature", temperature, 0 < temperature < np.inf, "positive and finite")
+    _check_option("temperature", temperature, np.finfo(np.float64).tiny <= temperature < np.inf, "positive, finite and not subnormal")
 
     x, along = _logits("logits", logits, axis)
     shape, classes = x.shape[:-1], x.shape[-1]
@@ -704,10 +704,11 @@ def _mask(where: ArrayLike | None, shape: tuple[int, ...], along: int) -> Bools:
 
 def _effective_logits(x: Floats, softcap: float | None, temperature: float) -> tuple[Floats, Floats]:
     """Compute u = softcap·tanh(x/softcap)/temperature and ∂u/∂x."""
-    if softcap is None:
-        return x / temperature, np.full(x.shape, 1 / temperature)
-    q = np.exp(-2 * np.abs(x / softcap))  # 1 − tanh²(t) = 4q/(1 + q)² with q = exp(−2|t|): no cancellation
-    return softcap * np.tanh(x / softcap) / temperature, 4 * q / (1 + q) ** 2 / temperature
+    with np.errstate(all="ignore"):
+        if softcap is None:
+            return x / temperature, np.full(x.shape, 1 / temperature)
+        q = np.exp(-2 * np.abs(x / softcap))  # 1 − tanh²(t) = 4q/(1 + q)² with q = exp(−2|t|): no cancellation
+        return softcap * np.tanh(x / softcap) / temperature, 4 * q / (1 + q) ** 2 / temperature
 
 
 # --- by-products ------------------------------------------------------------------------------------------------------------------------
