@@ -28,6 +28,9 @@ pub(super) fn real(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<f64> {
     if let Ok(float) = object.cast_exact::<PyFloat>() {
         return Ok(float.value());
     }
+    if let Some(given) = not_real(object)? {
+        return Err(type_error(format!("{argument} must be a real number, got {} of dtype {given}", type_name(object))));
+    }
     match object.extract::<f64>() {
         Ok(value) => Ok(value),
         Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
@@ -37,6 +40,18 @@ pub(super) fn real(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<f64> {
             Err(type_error(format!("{argument} must be a real number, got {}", type_name(object))))
         }
         Err(error) => Err(error),
+    }
+}
+
+/// The dtype of a NumPy scalar or array that `float()` would take for a number although it is a complex one, a string, a date or a duration.
+fn not_real(object: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+    let py = object.py();
+    let Some(dtype) = object.getattr_opt(intern!(py, "dtype"))? else { return Ok(None) };
+    let kind = dtype.getattr_opt(intern!(py, "kind"))?.and_then(|kind| kind.extract::<String>().ok());
+    if matches!(kind.as_deref(), Some("c" | "S" | "U" | "M" | "m")) {
+        dtype.str().map(|name| Some(name.to_string_lossy().into_owned()))
+    } else {
+        Ok(None)
     }
 }
 
@@ -59,6 +74,11 @@ pub(super) fn optional(object: &Bound<'_, PyAny>, argument: &str, accepted: &str
 
 pub(super) fn positive(value: f64) -> bool {
     value > 0.0 && value.is_finite()
+}
+
+/// Positive, and so is its inverse.
+pub(super) fn divides(value: f64) -> bool {
+    positive(value) && value.is_normal()
 }
 
 pub(super) fn reduction(object: &Bound<'_, PyAny>) -> PyResult<Reduction> {
@@ -92,9 +112,9 @@ fn wrap(axis: i64, ndim: usize) -> Option<usize> {
     (-ndim..ndim).contains(&axis).then(|| axis.rem_euclid(ndim) as usize)
 }
 
-/// An axis, a tuple of axes, or `None` for all of them; sorted.
+/// An axis, a tuple of axes, or `None` for all of them; sorted. The one axis a 0-d array counts as is always named: it has one class.
 pub(super) fn axes(object: &Bound<'_, PyAny>, array: &str, ndim: usize) -> PyResult<Dims<usize>> {
-    if object.is_none() {
+    if object.is_none() || (ndim == 0 && object.cast::<PyTuple>().is_ok_and(|tuple| tuple.is_empty())) {
         return Ok((0..ndim.max(1)).collect());
     }
     let Ok(tuple) = object.cast::<PyTuple>() else {
