@@ -207,6 +207,51 @@ def test_threads_is_local_to_its_context():
     assert ce.get_num_threads() == before
 
 
+def test_one_manager_in_many_contexts():
+    """What a block puts back is what its own context had, whoever else uses the manager meanwhile."""
+    shared = ce.threads(2)
+
+    async def task(before, first, second):
+        with ce.threads(before):
+            await asyncio.sleep(first)
+            with shared:
+                await asyncio.sleep(second)
+                inside = ce.get_num_threads()
+                with shared:
+                    await asyncio.sleep(0)
+            return inside, ce.get_num_threads()
+
+    async def tasks():
+        return await asyncio.gather(task(5, 0.0, 0.02), task(6, 0.01, 0.03), task(7, 0.01, 0.0))
+
+    assert asyncio.run(tasks()) == [(2, 5), (2, 6), (2, 7)]
+
+    barrier, seen = threading.Barrier(2), []
+
+    def thread(before):
+        with ce.threads(before):
+            barrier.wait()
+            with shared:
+                barrier.wait()
+            barrier.wait()
+            seen.append((before, ce.get_num_threads()))
+
+    threads = [threading.Thread(target=thread, args=(n,)) for n in (8, 9)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sorted(seen) == [(8, 8), (9, 9)]
+
+    @shared
+    def decorated(depth):
+        return decorated(depth - 1) if depth else ce.get_num_threads()
+
+    with ce.threads(4):
+        assert decorated(3) == 2
+        assert ce.get_num_threads() == 4
+
+
 def test_more_threads_than_rows_or_cpus():
     rng = np.random.default_rng(1)
     x = rng.normal(0, 1, (3, 100_000)).astype(np.float32)

@@ -1,6 +1,6 @@
 //! Options that are numbers or names: parsed, checked, and the reasons given.
 
-use pyo3::exceptions::{PyOverflowError, PyTypeError};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyString, PyTuple};
@@ -48,7 +48,10 @@ fn not_real(object: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
     let py = object.py();
     let Some(dtype) = object.getattr_opt(intern!(py, "dtype"))? else { return Ok(None) };
     let kind = dtype.getattr_opt(intern!(py, "kind"))?.and_then(|kind| kind.extract::<String>().ok());
-    if matches!(kind.as_deref(), Some("c" | "S" | "U" | "M" | "m")) {
+    // Those of ml_dtypes are of kind "V" too, but numbers.
+    let builtin =
+        |kind: &str| kind != "V" || dtype.getattr(intern!(py, "num")).and_then(|num| num.extract::<i32>()).is_ok_and(|num| num < 256);
+    if kind.as_deref().is_some_and(|kind| matches!(kind, "c" | "S" | "U" | "M" | "m" | "V") && builtin(kind)) {
         dtype.str().map(|name| Some(name.to_string_lossy().into_owned()))
     } else {
         Ok(None)
@@ -101,6 +104,18 @@ pub(super) fn reduction(object: &Bound<'_, PyAny>) -> PyResult<Reduction> {
     }
 }
 
+/// A truth value.
+pub(super) fn flag(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<bool> {
+    object.is_truthy().map_err(|error| {
+        if !error.is_instance_of::<PyValueError>(object.py()) {
+            return error;
+        }
+        let refused = type_error(format!("{argument} must be True or False, got {}: {}", type_name(object), error.value(object.py())));
+        refused.set_cause(object.py(), Some(error));
+        refused
+    })
+}
+
 /// One axis: as given, and counted from the front. A 0-d array counts as one of one axis.
 pub(super) fn axis(object: &Bound<'_, PyAny>, array: &str, ndim: usize) -> PyResult<(i64, usize)> {
     let given = integer(object, "axis")?;
@@ -114,7 +129,7 @@ fn wrap(axis: i64, ndim: usize) -> Option<usize> {
 
 /// An axis, a tuple of axes, or `None` for all of them; sorted. The one axis a 0-d array counts as is always named: it has one class.
 pub(super) fn axes(object: &Bound<'_, PyAny>, array: &str, ndim: usize) -> PyResult<Dims<usize>> {
-    if object.is_none() || (ndim == 0 && object.cast::<PyTuple>().is_ok_and(|tuple| tuple.is_empty())) {
+    if object.is_none() || (ndim == 0 && object.cast::<PyTuple>().is_ok_and(PyTupleMethods::is_empty)) {
         return Ok((0..ndim.max(1)).collect());
     }
     let Ok(tuple) = object.cast::<PyTuple>() else {
