@@ -59,7 +59,9 @@ def test_the_same_as_the_array(kind):
                 assert type(got) is type(f(given))
                 np.testing.assert_array_equal(got, f(given))
         for labels in (Y, Y.astype(np.uint8), Y.astype(np.int16)):
-            loss, grad = ce.cross_entropy_with_grad(kind(x), kind(labels), weight=kind(np.arange(5.0)), sample_weight=kind(np.ones(6, np.float32)))
+            loss, grad = ce.cross_entropy_with_grad(
+                kind(x), kind(labels), weight=kind(np.arange(5.0)), sample_weight=kind(np.ones(6, np.float32))
+            )
             want, want_grad = ce.cross_entropy_with_grad(x, labels, weight=np.arange(5.0), sample_weight=np.ones(6, np.float32))
             assert loss == want
             np.testing.assert_array_equal(grad, want_grad)
@@ -95,9 +97,15 @@ def test_other_devices():
         CUDA = 2
         ROCM = 10
 
-    for device, name in (((2, 1), "cuda:1"), ((Device.CUDA, 0), "cuda:0"), ((Device.ROCM, 0), "rocm:0"), ((8, 0), "metal:0"), ((99, 3), "99")):
+    for device, name in (
+        ((2, 1), "cuda:1"),
+        ((Device.CUDA, 0), "cuda:0"),
+        ((Device.ROCM, 0), "rocm:0"),
+        ((8, 0), "metal:0"),
+        ((99, 3), "99"),
+    ):
         for call in (
-            lambda far: ce.softmax(far),
+            ce.softmax,
             lambda far: ce.cross_entropy(far, Y),
             lambda far: ce.cross_entropy(X, far),
             lambda far: ce.cross_entropy(X, Y, weight=far),
@@ -122,7 +130,7 @@ def test_producers_that_misbehave():
         def __dlpack__(self, **options):
             return self.array
 
-    with pytest.raises(ValueError, match="(?s)x.*not today"):
+    with pytest.raises(ValueError, match=r"(?s)x.*not today"):
         ce.softmax(Refuses(X))
     with pytest.raises(TypeError, match="capsule"):
         ce.softmax(NoCapsule(X))
@@ -131,7 +139,7 @@ def test_producers_that_misbehave():
     with pytest.raises(TypeError, match="used"):
         ce.softmax(once)
     for device in ("cpu", None, (1,), (1.5, 0)):
-        with pytest.raises(TypeError, match="__dlpack_device__"):
+        with pytest.raises(TypeError, match=r"__dlpack_device__\(\)"):
             ce.softmax(Versioned(X, device))
     with pytest.raises(TypeError, match="complex64"):
         ce.softmax(Versioned(X.astype(np.complex64)))
@@ -161,7 +169,7 @@ def test_tensors_that_learn_say_detach():
         ce.cross_entropy(Learns(X), Y)
 
 
-# --- lazy collections ------------------------------------------------------------------------------------------------------------------------
+# --- lazy collections ---------------------------------------------------------------------------------------------------------------------
 
 
 def lazy(module, protocol):
@@ -179,7 +187,7 @@ def lazy(module, protocol):
 @pytest.mark.parametrize(("module", "protocol"), [("dask.array.core", True), ("dask.array.core", False), ("elsewhere", True)])
 def test_lazy_arrays_are_not_computed(module, protocol):
     for call in (
-        lambda x: ce.softmax(x),
+        ce.softmax,
         lambda x: ce.cross_entropy(x, Y),
         lambda x: ce.cross_entropy(X, x),
         lambda x: ce.cross_entropy(X, ce.Mixup(Y, Y, x)),
@@ -193,7 +201,7 @@ def test_lazy_arrays_are_not_computed(module, protocol):
             call(lazy(module, protocol))
 
 
-# --- the libraries themselves ----------------------------------------------------------------------------------------------------------------
+# --- the libraries themselves -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch is None, reason="PyTorch is not installed")

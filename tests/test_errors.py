@@ -314,7 +314,16 @@ def test_label_smoothing(f):
 
 
 def test_numbers_that_float_would_take_but_are_none():
-    for bad in (np.complex128(0.1), np.array(0.1 + 0j), np.str_("0.1"), np.array("0.1"), np.array(b"0.1"), np.timedelta64(0), np.datetime64(0, "s"), np.void(b"1")):
+    for bad in (
+        np.complex128(0.1),
+        np.array(0.1 + 0j),
+        np.str_("0.1"),
+        np.array("0.1"),
+        np.array(b"0.1"),
+        np.timedelta64(0),
+        np.datetime64(0, "s"),
+        np.void(b"1"),
+    ):
         for option in ("label_smoothing", "normalizer", "z_loss", "softcap", "temperature"):
             refuses(TypeError, option, ce.cross_entropy, X, Y, **{option: bad})
         refuses(TypeError, "lam", ce.cross_entropy, X, ce.Mixup(Y, Y, bad))

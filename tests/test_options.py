@@ -1,4 +1,4 @@
-"""The options of section 4 with each other and with everything else: against the reference, against their definitions, and what is not read."""
+"""The options with each other and with everything else: against the reference, against their definitions, and what is not read."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def build(case, seed):
         options["sample_weight"] = np.asarray(rng.random(rows) * (rng.random(rows) < 0.7)).astype(case["sample_weight"])
     if case["where"] is not None:
         mask = rng.random(shape) < 0.8
-        part = {"full": (...,), "classes": tuple(slice(None) if a == axis else slice(0, 1) for a in range(len(shape))), "one": (0,) * len(shape)}
+        part = {
+            "full": (...,),
+            "classes": tuple(slice(None) if a == axis else slice(0, 1) for a in range(len(shape))),
+            "one": (0,) * len(shape),
+        }
         part["rows"] = tuple(slice(0, 1) if a == axis else slice(None) for a in range(len(shape)))
         options["where"] = mask[part[case["where"]]]
 
@@ -168,7 +172,9 @@ def test_a_mixup_is_two_losses(level, classes, axis, masked):
     np.testing.assert_allclose(grad, wide * grad_a + (1 - wide) * grad_b, rtol=1e-11, atol=1e-15)
     w = np.append(options["weight"], 0.0)
     divisor = np.sum(lam * w[np.maximum(a, -1)] + (1 - lam) * w[np.maximum(b, -1)])
-    assert ce.cross_entropy(given, ce.Mixup(a, b, lam), **{**options, "reduction": "mean"}) == pytest.approx(loss.sum() / divisor, rel=1e-13)
+    assert ce.cross_entropy(given, ce.Mixup(a, b, lam), **{**options, "reduction": "mean"}) == pytest.approx(
+        loss.sum() / divisor, rel=1e-13
+    )
 
 
 def test_rows_of_a_mixup_do_not_depend_on_what_others_lack(level, dtype):
@@ -216,7 +222,7 @@ def test_softcap_of_any_size(level, dtype):
     assert ce.cross_entropy(large, [1], softcap=1e39) == pytest.approx(reference.cross_entropy(large, [1], softcap=1e39), rel=1e-6)
 
 
-# --- what is not read ----------------------------------------------------------------------------------------------------------------------
+# --- what is not read ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", [0, 1])

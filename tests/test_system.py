@@ -678,7 +678,8 @@ def test_memory_that_is_not_there_is_an_error(spare):
 
 def test_broadcast_arguments_of_any_size():
     """Stride 0 makes arrays that no memory can hold; what is asked of them is refused or takes no time."""
-    python("""
+    python(
+        """
         import numpy as np, crossent as ce
 
         def refused(call):
@@ -708,7 +709,9 @@ def test_broadcast_arguments_of_any_size():
         assert ce.cross_entropy(none, none) == ce.cross_entropy(none, none, reduction="sum") == 0.0
         refused(lambda: ce.logsumexp(none))
         refused(lambda: ce.cross_entropy(none, none, reduction="none"))
-    """, timeout=60)
+    """,
+        timeout=60,
+    )
 
 
 @linux

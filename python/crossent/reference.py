@@ -644,7 +644,7 @@ def _cross_entropy(
     _check_option("normalizer", normalizer, normalizer is None or 0 < normalizer < np.inf, "positive and finite")
     _check_option("z_loss", z_loss, bool(np.isfinite(z_loss)), "finite")
     _check_option("softcap", softcap, softcap is None or 0 < softcap < np.inf, "positive and finite")
-    _check_option("temperature", temperature, np.finfo(np.float64).tiny <= temperature < np.inf, "positive, finite and not subnormal")
+    _check_option("temperature", temperature, 2.0**-1022 <= temperature < np.inf, "positive, finite and not subnormal")
 
     x, along = _logits("logits", logits, axis)
     shape, classes = x.shape[:-1], x.shape[-1]
