@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import gc
 import itertools
 import os
@@ -647,8 +648,8 @@ def test_memory_that_is_not_there_is_an_error(spare):
         import numpy as np, crossent as ce
         ce.set_num_threads(2)
         rows, labels = np.broadcast_to(np.float32(0), (3_000_000, 4)), np.broadcast_to(np.uint8(1), (3_000_000,))
-        wide, x, y = np.broadcast_to(np.float32(0), (1, 10_000_000)), np.ones((200, 20000), np.float32), np.zeros(200, int)
-        sparse = ce.SparseProbs(np.zeros((200, 5000), int), np.zeros((200, 5000), np.float32))
+        wide, x, y = np.broadcast_to(np.float32(0), (1, 10_000_000)), np.ones((30, 20000), np.float32), np.zeros(30, int)
+        sparse = ce.SparseProbs(np.zeros((30, 5000), int), np.zeros((30, 5000), np.float32))
         ce.softmax(x)
         pages = int(open("/proc/self/statm").read().split()[0])
         limit = pages * resource.getpagesize() + ({spare} << 20)
@@ -890,6 +891,17 @@ def test_results_are_ordinary_arrays():
         assert pickle.loads(pickle.dumps(y)).tobytes() == y.tobytes()
         fortran = ce.softmax(np.asfortranarray(x))
         np.testing.assert_array_equal(fortran + 1, y)
+        for array in (y, fortran, y[1:, ::2], fortran.T):
+            array.flags.writeable = False
+            assert not array.flags.writeable
+            array.flags.writeable = True
+            array[0] = 5
+        assert y[1:].base is y
+        assert y.T[1:].view(np.uint32).base is y
+        assert np.asarray(y) is y
+        assert memoryview(y).readonly is False
+        assert type(y.copy()) is type(copy.deepcopy(y)) is type(pickle.loads(pickle.dumps(y))) is np.ndarray
+        assert np.from_dlpack(y).flags.writeable
 
 
 def test_results_from_many_threads_die_anywhere():
