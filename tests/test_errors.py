@@ -88,6 +88,15 @@ def test_a_bad_label_anywhere_leaves_out_as_it_was(n):
     assert (out == 7).all()
 
 
+def test_labels_beyond_64_signed_bits_get_a_remedy_that_works():
+    """ignore_index cannot be so large; such labels are negative ones that were cast."""
+    for value in (-100, -1, -(2**63)):
+        labels = np.where(np.arange(6) == 3, np.array(value).astype(np.uint64), Y.astype(np.uint64))
+        message = refuses(IndexError, r"target\[3\]", ce.cross_entropy, X, labels)
+        assert message.endswith(f"pass target.astype(numpy.int64) and ignore_index={value}")
+        ce.cross_entropy(X, labels.astype(np.int64), ignore_index=value)
+
+
 def test_zero_classes_have_no_label():
     refuses(IndexError, "0 classes", ce.cross_entropy, np.zeros((2, 0), np.float32), np.array([0, -100]))
 
@@ -302,6 +311,88 @@ def test_label_smoothing(f):
         refuses(ValueError, "label_smoothing", f, X, Y, label_smoothing=bad)
     for bad in ("0.1", None, 1j, [0.1, 0.2]):
         refuses(TypeError, "label_smoothing", f, X, Y, label_smoothing=bad)
+
+
+def test_numbers_that_float_would_take_but_are_none():
+    for bad in (
+        np.complex128(0.1),
+        np.array(0.1 + 0j),
+        np.str_("0.1"),
+        np.array("0.1"),
+        np.array(b"0.1"),
+        np.timedelta64(0),
+        np.datetime64(0, "s"),
+        np.void(b"1"),
+    ):
+        for option in ("label_smoothing", "normalizer", "z_loss", "softcap", "temperature"):
+            refuses(TypeError, option, ce.cross_entropy, X, Y, **{option: bad})
+        refuses(TypeError, "lam", ce.cross_entropy, X, ce.Mixup(Y, Y, bad))
+        refuses(TypeError, "grad_output", ce.cross_entropy_with_grad, X, Y, grad_output=bad)
+
+
+def test_keepdims():
+    for bad in (np.ones(2), np.ones(0, bool)):
+        refuses(TypeError, "keepdims must be True or False", ce.logsumexp, X, keepdims=bad)
+
+
+def test_domains_of_the_options():
+    wrong = {
+        "normalizer": (0, -1, np.nan, np.inf, 10**400),
+        "z_loss": (np.nan, np.inf, -np.inf),
+        "softcap": (0, -1.0, np.nan, np.inf),
+        "temperature": (0, -1.0, np.nan, np.inf, 5e-324, 1e-310),
+    }
+    for option, values in wrong.items():
+        for bad in values:
+            message = refuses(ValueError, option, ce.cross_entropy, X, Y, **{option: bad})
+            assert "must" in message or "fit" in message
+        for bad in ("1", [1.0], 1j, object()):
+            refuses(TypeError, option, ce.cross_entropy, X, Y, **{option: bad})
+    for bad in (-1e-300, -1.0, np.nan, -np.inf):
+        s = np.ones(6)
+        s[4] = bad
+        assert "0 leaves the row out" in refuses(ValueError, r"sample_weight\[4\]", ce.cross_entropy, X, Y, sample_weight=s)
+    for shape in ((), (5,), (6, 1), (6, 5), (1,)):
+        refuses(ValueError, "sample_weight", ce.cross_entropy, X, Y, sample_weight=np.ones(shape))
+    for bad in (np.ones((6, 5)), np.ones((6, 5), int), 1, ["a"] * 5):
+        refuses(TypeError, "where", ce.cross_entropy, X, Y, where=bad)
+    for shape in ((6,), (5, 6), (1, 6, 5), (6, 5, 1), (0,)):
+        refuses(ValueError, "where", ce.cross_entropy, X, Y, where=np.ones(shape, bool))
+
+
+def test_composite_targets():
+    rows = np.full(6, 0.5)
+    for bad in (-0.1, 1.1, np.nan, 2):
+        refuses(ValueError, r"target\.lam", ce.cross_entropy, X, ce.Mixup(Y, Y, bad))
+        lam = np.where(np.arange(6) == 5, bad, rows)
+        refuses(ValueError, r"target\.lam\[5\]", ce.cross_entropy, X, ce.Mixup(Y, Y, lam))
+    for bad in (rows[:5], rows[:, None], np.ones((6, 5))):
+        refuses(ValueError, r"target\.lam", ce.cross_entropy, X, ce.Mixup(Y, Y, bad))
+    refuses(IndexError, r"target\.y_b\[1\] = 5", ce.cross_entropy, X, ce.Mixup(Y, np.array([0, 5, 0, 0, 0, 0]), 0.5))
+    refuses(TypeError, r"target\.y_a", ce.cross_entropy, X, ce.Mixup(X, Y, 0.5))
+    refuses(ValueError, r"target\.y_a", ce.cross_entropy, X, ce.Mixup(Y[:5], Y, 0.5))
+    pairs = np.zeros((6, 2), int)
+    refuses(ValueError, r"target\.indices.*target\.probs", ce.cross_entropy, X, ce.SparseProbs(pairs, np.ones((6, 3))))
+    refuses(ValueError, r"target\.indices", ce.cross_entropy, X, ce.SparseProbs(Y, rows))
+    refuses(TypeError, r"target\.probs", ce.cross_entropy, X, ce.SparseProbs(pairs, pairs))
+    refuses(TypeError, r"target\.indices", ce.cross_entropy, X, ce.SparseProbs(pairs * 1.0, pairs * 1.0))
+    bad = pairs.copy()
+    bad[5, 1] = -1
+    refuses(IndexError, r"target\.indices\[5, 1\] = -1", ce.cross_entropy, X, ce.SparseProbs(bad, pairs * 1.0))
+    refuses(ValueError, "ignore_index", ce.cross_entropy, X, ce.SparseProbs(pairs, pairs * 1.0), ignore_index=0)
+    for f in (ce.nll_loss, ce.nll_loss_with_grad):
+        refuses(TypeError, "target", f, X, ce.Mixup(Y, Y, 0.5))
+        refuses(TypeError, "target", f, X, ce.SparseProbs(pairs, pairs * 1.0))
+    # out may share no memory with any part.
+    out = np.zeros(X.shape, F64)
+    x = X.astype(F64)
+    for target in (ce.Mixup(Y, Y, out[:, 0]), ce.SparseProbs(pairs, out[:, :2]), ce.Mixup(out.view(np.int64)[:, 0], Y, 0.5)):
+        with pytest.raises(ValueError, match=r"(?i)out.*overlap.*target\."):
+            ce.cross_entropy_with_grad(x, target, out=out)
+    refuses(ValueError, "(?i)out.*overlap.*sample_weight", ce.cross_entropy_with_grad, x, Y, sample_weight=out[:, 0], out=out)
+    refuses(ValueError, "(?i)out.*overlap.*where", ce.cross_entropy_with_grad, x, Y, where=out.view(bool)[:, :5], out=out)
+    refuses(ValueError, "(?i)out.*overlap.*grad_output", ce.cross_entropy_with_grad, x, Y, reduction="none", grad_output=out[:, 0], out=out)
+    refuses(ValueError, "(?i)out.*overlap.*target", ce.cross_entropy_with_grad, x, out, out=out)
 
 
 def test_ignore_index_with_probabilities():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -92,6 +93,9 @@ def test_results_without_an_axis(dtype):
 def test_zero_dimensional_transforms(dtype):
     """A 0-d array is one class."""
     x = np.array(2.5, dtype)
+    for axis in (0, -1, None, ()):
+        assert float(ce.log_softmax(x, axis)) == 0.0
+        assert is_float(ce.logsumexp(x, axis)) == is_float(ce.logsumexp(x, axis, keepdims=True)) == 2.5
     for axis in (0, -1):
         assert float(ce.softmax(x, axis)) == 1.0
         assert float(ce.log_softmax(x, axis)) == 0.0
@@ -503,6 +507,25 @@ def test_item_5_class_weights_of_every_real_type(dtype, weight):
     np.testing.assert_array_equal(grad, want[1])
     assert ce.nll_loss(x, y, weight=w) == ce.nll_loss(x, y, weight=w.astype(np.float64))
     assert ce.cross_entropy(x, y, weight=w[::-1][::-1].tolist(), label_smoothing=0.125) == loss
+
+
+def test_item_5_the_small_types_of_ml_dtypes():
+    """Integers are labels, and real numbers are weights, whoever defines them."""
+    x = np.random.default_rng(8).normal(0, 2, (4, 5))
+    y, s = np.array([0, 1, 3, 2]), np.array([1.0, 0.0, 2.0, 1.0])
+    w = np.array([1, 2, 0, 4, 1.0])
+    want = ce.cross_entropy_with_grad(x, y, weight=w, sample_weight=s)
+    for name in ("int4", "uint4"):
+        labels = y.astype(getattr(ml_dtypes, name))
+        loss, grad = ce.cross_entropy_with_grad(x, labels, weight=w, sample_weight=s)
+        assert loss == want[0]
+        np.testing.assert_array_equal(grad, want[1])
+        assert ce.nll_loss(x, labels) == ce.nll_loss(x, y)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int4"):
+        kind = getattr(ml_dtypes, name)
+        loss, grad = ce.cross_entropy_with_grad(x, y, weight=w.astype(kind), sample_weight=s.astype(kind))
+        assert loss == want[0]
+        np.testing.assert_array_equal(grad, want[1])
 
 
 @pytest.mark.parametrize("probs", DTYPES, ids=lambda d: d.name)

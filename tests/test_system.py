@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import gc
 import itertools
 import os
@@ -205,6 +206,51 @@ def test_threads_is_local_to_its_context():
 
     assert asyncio.run(tasks()) == [1, 2, 3, 4]
     assert ce.get_num_threads() == before
+
+
+def test_one_manager_in_many_contexts():
+    """What a block puts back is what its own context had, whoever else uses the manager meanwhile."""
+    shared = ce.threads(2)
+
+    async def task(before, first, second):
+        with ce.threads(before):
+            await asyncio.sleep(first)
+            with shared:
+                await asyncio.sleep(second)
+                inside = ce.get_num_threads()
+                with shared:
+                    await asyncio.sleep(0)
+            return inside, ce.get_num_threads()
+
+    async def tasks():
+        return await asyncio.gather(task(5, 0.0, 0.02), task(6, 0.01, 0.03), task(7, 0.01, 0.0))
+
+    assert asyncio.run(tasks()) == [(2, 5), (2, 6), (2, 7)]
+
+    barrier, seen = threading.Barrier(2), []
+
+    def thread(before):
+        with ce.threads(before):
+            barrier.wait()
+            with shared:
+                barrier.wait()
+            barrier.wait()
+            seen.append((before, ce.get_num_threads()))
+
+    threads = [threading.Thread(target=thread, args=(n,)) for n in (8, 9)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sorted(seen) == [(8, 8), (9, 9)]
+
+    @shared
+    def decorated(depth):
+        return decorated(depth - 1) if depth else ce.get_num_threads()
+
+    with ce.threads(4):
+        assert decorated(3) == 2
+        assert ce.get_num_threads() == 4
 
 
 def test_more_threads_than_rows_or_cpus():
@@ -596,6 +642,82 @@ def test_no_layout_is_copied_whole(layout):
 
 
 @linux
+@pytest.mark.parametrize("spare", [0, 4, 16, 24, 32, 64, 200])
+def test_memory_that_is_not_there_is_an_error(spare):
+    """MemoryError, never an abort: whatever the arguments make the library allocate, from row arguments to scratch space."""
+    python(f"""
+        import resource
+        import numpy as np, crossent as ce
+        ce.set_num_threads(2)
+        rows, labels = np.broadcast_to(np.float32(0), (3_000_000, 4)), np.broadcast_to(np.uint8(1), (3_000_000,))
+        wide, x, y = np.broadcast_to(np.float32(0), (1, 10_000_000)), np.ones((30, 20000), np.float32), np.zeros(30, int)
+        sparse = ce.SparseProbs(np.zeros((30, 5000), int), np.zeros((30, 5000), np.float32))
+        ce.softmax(x)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + ({spare} << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        for call in (
+            lambda: ce.cross_entropy(wide, [5], label_smoothing=0.1),
+            lambda: ce.cross_entropy(wide, [5], label_smoothing=0.1, weight=np.broadcast_to(1.0, 10_000_000)),
+            lambda: ce.cross_entropy(rows, labels),
+            lambda: ce.cross_entropy(rows, labels, reduction="none"),
+            lambda: ce.nll_loss(rows, labels),
+            lambda: ce.nll_loss(wide, [5], weight=np.broadcast_to(1.0, 10_000_000)),
+            lambda: ce.softmax(rows),
+            lambda: ce.logsumexp(rows),
+            lambda: ce.log_softmax_vjp(rows, rows),
+            lambda: ce.cross_entropy_with_grad(rows, labels),
+            lambda: ce.cross_entropy_with_grad(x, y, label_smoothing=0.1),
+            lambda: ce.cross_entropy_with_grad(x, sparse),
+            lambda: ce.cross_entropy(rows, ce.Mixup(labels, labels, 0.5)),
+            lambda: ce.cross_entropy(rows, labels, sample_weight=np.broadcast_to(1.0, labels.shape)),
+        ):
+            try:
+                call()
+            except MemoryError:
+                pass
+    """)
+
+
+def test_broadcast_arguments_of_any_size():
+    """Stride 0 makes arrays that no memory can hold; what is asked of them is refused or takes no time."""
+    python(
+        """
+        import numpy as np, crossent as ce
+
+        def refused(call):
+            try:
+                call()
+            except MemoryError:
+                return
+            raise AssertionError("no MemoryError")
+
+        rows, labels = np.broadcast_to(np.float32(0), (2**44, 2)), np.broadcast_to(np.uint8(0), (2**44,))
+        wide, huge = np.broadcast_to(np.float32(0), (1, 2**45)), np.broadcast_to(np.float32(0), (2**45,))
+        refused(lambda: ce.cross_entropy(rows, labels))
+        refused(lambda: ce.cross_entropy(rows, ce.Mixup(labels, labels, 0.5)))
+        refused(lambda: ce.cross_entropy(rows, rows, sample_weight=np.broadcast_to(np.float32(1), (2**44,))))
+        refused(lambda: ce.cross_entropy(rows, rows, reduction="none"))
+        refused(lambda: ce.nll_loss(rows, labels))
+        refused(lambda: ce.softmax(rows))
+        refused(lambda: ce.logsumexp(rows))
+        refused(lambda: ce.cross_entropy(wide, [0], weight=huge))
+        refused(lambda: ce.cross_entropy(wide, [0], label_smoothing=0.1))
+        refused(lambda: ce.nll_loss(wide, [0], weight=huge))
+        many = np.broadcast_to(np.uint8(0), (1, 2**44))
+        refused(lambda: ce.cross_entropy(np.zeros((1, 2)), ce.SparseProbs(many, np.broadcast_to(np.float32(0), many.shape))))
+        # Any number of rows without classes.
+        none = np.zeros((2**50, 0), np.float32)
+        assert ce.softmax(none).shape == ce.log_softmax(none).shape == ce.softmax_vjp(none, none).shape == none.shape
+        assert ce.cross_entropy(none, none) == ce.cross_entropy(none, none, reduction="sum") == 0.0
+        refused(lambda: ce.logsumexp(none))
+        refused(lambda: ce.cross_entropy(none, none, reduction="none"))
+    """,
+        timeout=60,
+    )
+
+
+@linux
 def test_memory_mapped_logits_are_read_in_place(tmp_path):
     x = np.memmap(tmp_path / "x.bin", np.float32, "w+", shape=(400, 1000))
     x[:] = np.random.default_rng(3).normal(0, 2, x.shape)
@@ -771,6 +893,17 @@ def test_results_are_ordinary_arrays():
         assert pickle.loads(pickle.dumps(y)).tobytes() == y.tobytes()
         fortran = ce.softmax(np.asfortranarray(x))
         np.testing.assert_array_equal(fortran + 1, y)
+        for array in (y, fortran, y[1:, ::2], fortran.T):
+            array.flags.writeable = False
+            assert not array.flags.writeable
+            array.flags.writeable = True
+            array[0] = 5
+        assert y[1:].base is y
+        assert y.T[1:].view(np.uint32).base is y
+        assert np.asarray(y) is y
+        assert memoryview(y).readonly is False
+        assert type(y.copy()) is type(copy.deepcopy(y)) is type(pickle.loads(pickle.dumps(y))) is np.ndarray
+        assert np.from_dlpack(y).flags.writeable
 
 
 def test_results_from_many_threads_die_anywhere():

@@ -381,7 +381,7 @@ def cross_entropy(
     softcap : float, optional
         c > 0; the logits become c·tanh(x/c), before `temperature`.
     temperature : float, default 1
-        τ > 0; the logits become x/τ.
+        τ > 0, not subnormal; the logits become x/τ.
     where : array_like of bool, optional
         Broadcasts to the logits. False entries have probability 0 and gradient 0, get no share of the smoothing, and are never read.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ContextDecorator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from crossent import _core
 
 if TYPE_CHECKING:
-    from contextvars import Token
     from types import TracebackType
     from typing import SupportsIndex
 
@@ -63,6 +63,10 @@ def get_num_threads() -> int:
     return _core.get_num_threads()
 
 
+# What the `threads` blocks of this context will put back, innermost last: not in the managers, which threads and tasks may share.
+_before: ContextVar[tuple[int | None, ...]] = ContextVar("crossent.threads.before", default=())
+
+
 class threads(ContextDecorator):  # noqa: N801  (a context manager that reads like a function, as numpy.errstate does)
     """Context manager (and decorator) that sets the number of threads, for this context only.
 
@@ -87,18 +91,16 @@ class threads(ContextDecorator):  # noqa: N801  (a context manager that reads li
 
     def __init__(self, n: SupportsIndex, /) -> None:
         self._n = _core.check_num_threads(n)
-        self._tokens: list[Token[int | None]] = []
 
     def __enter__(self) -> Self:
-        self._tokens.append(_core.threads_var.set(self._n))
+        _before.set((*_before.get(), _core.threads_var.get()))
+        _core.threads_var.set(self._n)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _core.threads_var.reset(self._tokens.pop())
-
-    def _recreate_cm(self) -> threads:
-        # A decorated function may run in several threads at once: every call gets a manager of its own.
-        return type(self)(self._n)
+        *outer, before = _before.get()
+        _before.set(tuple(outer))
+        _core.threads_var.set(before)
 
     def __repr__(self) -> str:
         return f"crossent.threads({self._n})"

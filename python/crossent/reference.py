@@ -15,6 +15,7 @@ Two things keep the digits of rows whose loss is tiny: R leaves the maximum out,
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -90,12 +91,13 @@ def _floats(name: str, value: ArrayLike) -> Floats:
 def _reals(name: str, value: ArrayLike) -> Floats:
     """Convert an array of any real type to float64."""
     a = np.asarray(value)
-    if a.dtype.kind not in "biu" and not _is_float(a):
+    if a.dtype.kind not in "biuf" and not np.can_cast(a.dtype, np.float64):
         raise TypeError(f"{name} must be real numbers, got {a.dtype}")
     return a.astype(np.float64)
 
 
 def _axis(axis: int, ndim: int) -> int:
+    axis = index(axis)
     if not -ndim <= axis < ndim:
         raise np.exceptions.AxisError(axis, ndim)
     return axis % ndim
@@ -203,7 +205,7 @@ def logsumexp(x: ArrayLike, /, axis: Axes = -1, *, keepdims: bool = False, out: 
         a, axis = a[None], 0
     axes = _axes(axis, a.ndim)
     result = _read(_rows_of(a, axes)).logsumexp
-    if keepdims:
+    if keepdims and np.ndim(x) > 0:
         result = np.expand_dims(result, axes)
     if out is None and result.ndim == 0:
         return float(result)
@@ -317,6 +319,8 @@ def _labels(
 ) -> tuple[Ints, Bools]:
     """Class indices (0 on ignored rows) and which rows are kept."""
     y = np.asarray(target)
+    if y.dtype.kind not in "iub" and np.can_cast(y.dtype, np.int64):
+        y = y.astype(np.int64)  # int4 and the like
     if y.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {y.dtype}")
     if y.shape != shape:
@@ -640,7 +644,7 @@ def _cross_entropy(
     _check_option("normalizer", normalizer, normalizer is None or 0 < normalizer < np.inf, "positive and finite")
     _check_option("z_loss", z_loss, bool(np.isfinite(z_loss)), "finite")
     _check_option("softcap", softcap, softcap is None or 0 < softcap < np.inf, "positive and finite")
-    _check_option("temperature", temperature, 0 < temperature < np.inf, "positive and finite")
+    _check_option("temperature", temperature, 2.0**-1022 <= temperature < np.inf, "positive, finite and not subnormal")
 
     x, along = _logits("logits", logits, axis)
     shape, classes = x.shape[:-1], x.shape[-1]
@@ -704,10 +708,11 @@ def _mask(where: ArrayLike | None, shape: tuple[int, ...], along: int) -> Bools:
 
 def _effective_logits(x: Floats, softcap: float | None, temperature: float) -> tuple[Floats, Floats]:
     """Compute u = softcap·tanh(x/softcap)/temperature and ∂u/∂x."""
-    if softcap is None:
-        return x / temperature, np.full(x.shape, 1 / temperature)
-    q = np.exp(-2 * np.abs(x / softcap))  # 1 − tanh²(t) = 4q/(1 + q)² with q = exp(−2|t|): no cancellation
-    return softcap * np.tanh(x / softcap) / temperature, 4 * q / (1 + q) ** 2 / temperature
+    with np.errstate(all="ignore"):
+        if softcap is None:
+            return x / temperature, np.full(x.shape, 1 / temperature)
+        q = np.exp(-2 * np.abs(x / softcap))  # 1 − tanh²(t) = 4q/(1 + q)² with q = exp(−2|t|): no cancellation
+        return softcap * np.tanh(x / softcap) / temperature, 4 * q / (1 + q) ** 2 / temperature
 
 
 # --- by-products ------------------------------------------------------------------------------------------------------------------------

@@ -154,11 +154,12 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
             let total = t_rest + t_top;
             let z = splat::<S, f64>(isa, terms.z_loss);
             let mut loss = lin * scale + total * log_sum;
-            let mut pull = total;
+            let mut extra = zero;
             if terms.z_loss != 0.0 {
                 loss = loss + z * lse * lse;
-                pull = pull + (z + z) * lse;
+                extra = (z + z) * lse;
             }
+            let pull = total + extra;
             let weight = Span::of(&tile.weight).load(isa, r);
             SpanMut::of(&mut tile.loss).store(isa, r, loss * weight);
             if !terms.gradient {
@@ -170,7 +171,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
             SpanMut::of(&mut tile.a).store(isa, r, factor);
             SpanMut::of(&mut tile.slope).store(isa, r, g);
             // Where the maximum has less than half the mass nothing cancels, and the sum of the others is the longer way.
-            let sure = (t_rest - total * (others * p_max)) + (pull - total) * p_max;
+            let sure = (t_rest - total * (others * p_max)) + extra * p_max;
             let top = g * S::F64::select(others.lt(one), sure, pull * p_max - t_top);
             let top = S::F64::select(valid, top, bad);
             SpanMut::of(&mut tile.top).store(isa, r, top);

@@ -1,12 +1,12 @@
 //! The operations: what each function of the public API is to the core.
 
 use crate::array::{Array, Out};
-use crate::kernels::finish::Terms;
+use crate::kernels::finish::{Terms, WIDTH};
 
 use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
 use super::job::{Job, Kind};
 use super::source::Bend;
-use super::targets::{Labels, RowWeights, read_all};
+use super::targets::{Labels, RowWeights, read_optional};
 
 /// `log Σ exp(x)` over `axes`; `out` has the other axes.
 pub fn logsumexp(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<(), Error> {
@@ -15,11 +15,18 @@ pub fn logsumexp(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<()
 
 /// `exp(x − logsumexp(x))` over `axes`.
 pub fn softmax(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<(), Error> {
+    if x.size() == 0 {
+        // There may be any number of rows without classes.
+        return Ok(());
+    }
     Job::new(Kind::Softmax, x, axes, Some(out), None, None, None, Bend::default(), exec.level)?.run(exec).map(|_| ())
 }
 
 /// `x − logsumexp(x)` over `axes`.
 pub fn log_softmax(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<(), Error> {
+    if x.size() == 0 {
+        return Ok(());
+    }
     Job::new(Kind::LogSoftmax, x, axes, Some(out), None, None, None, Bend::default(), exec.level)?.run(exec).map(|_| ())
 }
 
@@ -37,7 +44,7 @@ pub fn cross_entropy(
     let upstream = grad.and_then(|grad| if let GradOutput::Rows(rows) = &grad.grad_output { Some(rows) } else { None });
     let bend = Bend { softcap: options.softcap, mask: options.mask.as_ref() };
     let mut job = Job::new(Kind::Loss, logits, &[axis], grad.map(|grad| &grad.out), probs, rows, upstream, bend, exec.level)?;
-    job.weight = options.weight.as_ref().map_or_else(Vec::new, read_all);
+    job.weight = read_optional(options.weight.as_ref())?;
     if !job.weight.is_empty() && job.weight.len() != job.classes.size {
         return Err(Error::Invalid("weight must have one element per class"));
     }
@@ -64,10 +71,26 @@ pub fn cross_entropy(
         loss: true,
     };
     job.labels = labels;
-    let sum = job.run(exec)?;
+    afford(exec, &job)?;
+    // Rows without classes lose nothing; there may be any number of them.
+    let sum = if job.classes.size == 0 && rows.is_none() && options.z_loss == 0.0 { 0.0 } else { job.run(exec)? };
     Ok(match options.reduction {
         Reduction::Mean => sum / divisor,
         Reduction::Sum => sum,
         Reduction::None => 0.0,
     })
+}
+
+/// Asks for the scratch memory that grows with the arguments (classes that a smoothing stream names, classes per sparse row) and gives it back,
+/// so that sizes out of all proportion are an error before anything is written.
+fn afford(exec: &Exec, job: &Job) -> Result<(), Error> {
+    const LARGE: usize = 1 << 16;
+    let stream = if job.terms.dense && !job.own_dense() { job.classes.size } else { 0 };
+    let per_thread = job.terms.entries.checked_mul(4 * WIDTH).and_then(|entries| entries.checked_add(stream));
+    let all = per_thread.and_then(|one| one.checked_mul(exec.threads)).ok_or(Error::OutOfMemory)?;
+    if all > LARGE {
+        // Twice, because vectors that grow may take twice what they need.
+        Vec::<[f64; 2]>::new().try_reserve_exact(all).map_err(|_| Error::OutOfMemory)?;
+    }
+    Ok(())
 }

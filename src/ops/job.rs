@@ -16,7 +16,7 @@ use super::by_rows::work_rows;
 use super::plan::{Axes, Path, path, tile_path, with_axes};
 use super::scratch::{SCRATCH, Scratch, Work};
 use super::source::{Bend, gather_logits, row_spread};
-use super::targets::{Labels, RowWeights, row_shape};
+use super::targets::{Labels, RowWeights, filled, row_shape};
 use super::with_element;
 
 /// Elements per task: enough to be worth handing to another thread, and a function of the shape alone, so that the bits do not depend on the threads.
@@ -92,7 +92,7 @@ impl<'a> Job<'a> {
 
     /// Whether every row has a dense stream of its own.
     pub(super) fn own_dense(&self) -> bool {
-        self.terms.dense && (self.probs.is_some() || self.bend.mask.is_some())
+        self.terms.dense && (self.probs.is_some() || self.bend.mask.is_some() || self.labels.as_ref().is_some_and(|labels| labels.partial))
     }
 
     /// A job without targets. `operands` are out, probs, result and upstream strides, in the logits' axes.
@@ -227,7 +227,7 @@ impl<'a> Job<'a> {
             }
             return Ok(total.value());
         }
-        let partial = Mutex::new(vec![Pair::default(); tasks]);
+        let partial = Mutex::new(filled(Pair::default(), tasks)?);
         threads::for_each(exec.threads, tasks, &|task| {
             // The dtype was checked when the job was made.
             if let Ok(sum) = work(task)
@@ -309,8 +309,9 @@ pub(super) fn settle(job: &Job, start: usize, end: usize, kept: &[usize], tile: 
         // A tile of adjacent columns carries its ignored rows along.
         if here && (job.kind != Kind::Loss || job.weights.kept(job.labels.as_ref(), row)) {
             let value = match job.kind {
-                // The sum over no classes.
-                Kind::Loss if job.classes.size == 0 => 0.0,
+                // The sum over no classes, whose logsumexp is −inf.
+                Kind::Loss if job.classes.size == 0 && job.terms.z_loss == 0.0 => 0.0,
+                Kind::Loss if job.classes.size == 0 => tile.weight[slot] * job.terms.z_loss * f64::INFINITY,
                 Kind::Loss => tile.loss[slot],
                 _ => tile.lse[slot],
             };

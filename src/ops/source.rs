@@ -1,11 +1,11 @@
 //! Where the kernels' operands come from and gradients go when they cannot be read or written in place: logits that are bent by softcap and mask,
 //! strided classes, and the dense target stream.
 
-use crate::array::{Array, Float, FromNumber, Out, SpanMut, Vf};
+use crate::array::{Array, DType, Float, FromNumber, Out, SpanMut, Vf};
 use crate::kernels::finish::{Tile, WIDTH};
 use crate::kernels::math::tanh_sech2;
 use crate::kernels::rows;
-use crate::simd::{Isa, Kernel, Vector};
+use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::job::{Job, MASK, OUT, PROBS, X};
 use super::plan::Axes;
@@ -48,6 +48,22 @@ impl<T: Work> Kernel for Softcap<'_, T> {
     }
 }
 
+/// Runs [`Softcap`] over a block, in float64 where float32 might not hold the cap, or only part of the digits of x/cap.
+fn cap_block<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T]) {
+    if T::DTYPE == DType::F64 || (1e-30..=1e15).contains(&cap) {
+        return level.run(Softcap { cap, slope, x });
+    }
+    let mut wide = [0.0_f64; rows::BLOCK];
+    let wide = &mut wide[..x.len()];
+    for (wide, x) in wide.iter_mut().zip(x.iter()) {
+        *wide = x.to_f64();
+    }
+    level.run(Softcap { cap, slope, x: &mut *wide });
+    for (x, &wide) in x.iter_mut().zip(wide.iter()) {
+        *x = T::from_f64(wide);
+    }
+}
+
 /// Reads classes of a row of logits into scratch, bent.
 pub(super) fn gather_logits<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T], n: usize, step: usize) {
     gather(job.x, X, &job.classes, job.rows.offset(X, row), start, dst, n, step);
@@ -59,7 +75,7 @@ pub(super) fn gather_logits<T: Work>(job: &Job, row: usize, start: usize, dst: &
         for i in 0..n {
             block[i] = dst[i * step];
         }
-        job.level.run(Softcap { cap, slope: false, x: &mut block[..n] });
+        cap_block(job.level, cap, false, &mut block[..n]);
         for i in 0..n {
             dst[i * step] = block[i];
         }
@@ -77,7 +93,7 @@ pub(super) fn unbend<T: Work>(job: &Job, row: usize, start: usize, gradient: &mu
     let mut block = [T::ZERO; rows::BLOCK];
     if let Some(cap) = job.bend.softcap {
         gather(job.x, X, &job.classes, job.rows.offset(X, row), start, &mut block, n, 1);
-        job.level.run(Softcap { cap, slope: true, x: &mut block[..n] });
+        cap_block(job.level, cap, true, &mut block[..n]);
         for i in 0..n {
             gradient[i * step] = T::from_f64(gradient[i * step].to_f64() * block[i].to_f64());
         }
@@ -112,12 +128,13 @@ pub(super) fn unbend_patches(job: &Job, kept: &[usize], tile: &mut Tile) {
     }
 }
 
-/// Share of the target that smoothing gives each class of a row: e over the classes that take part.
+/// Share of the target that smoothing gives each class of a row: e over the classes that take part, of the sides that do.
 pub(super) fn row_spread(job: &Job, row: usize) -> f64 {
-    let Some(mask) = job.bend.mask else { return job.spread };
     if job.spread == 0.0 {
         return 0.0;
     }
+    let spread = job.spread * job.labels.as_ref().map_or(1.0, |labels| labels.kept_share(row));
+    let Some(mask) = job.bend.mask else { return spread };
     let mut block = [0_f32; rows::BLOCK];
     let mut count = 0;
     for start in (0..job.classes.size).step_by(rows::BLOCK) {
@@ -125,7 +142,7 @@ pub(super) fn row_spread(job: &Job, row: usize) -> f64 {
         gather(mask, MASK, &job.classes, job.rows.offset(MASK, row), start, &mut block, n, 1);
         count += block[..n].iter().filter(|&&kept| kept != 0.0).count();
     }
-    job.spread * job.classes.size as f64 / count as f64
+    spread * job.classes.size as f64 / count as f64
 }
 
 /// Reads classes of a row into scratch.

@@ -18,37 +18,66 @@ pub struct Labels {
     pub class: Vec<i64>,
     /// Its share of the row's target, 1 when empty.
     pub share: Vec<f64>,
+    /// Whether a row lacks a side, and with it that side's part of the smoothing.
+    pub partial: bool,
+}
+
+/// `len` copies of a value. Arguments may be broadcast views with more elements than memory can hold: that is an error, not an abort.
+pub fn filled<T: Copy>(value: T, len: usize) -> Result<Vec<T>, Error> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(len).map_err(|_| Error::OutOfMemory)?;
+    values.resize(len, value);
+    Ok(values)
 }
 
 /// Reads values of shape (rows, inner) in C order.
-pub fn read_all(array: &Array) -> Vec<f64> {
+pub fn read_all(array: &Array) -> Result<Vec<f64>, Error> {
     let strides: &[isize] = array.strides();
     let axes = Axes::new(array.shape(), &[strides], 0..array.shape().len());
-    let mut values = vec![0.0; axes.size];
+    let mut values = filled(0.0, axes.size)?;
     axes.runs(0, 0, axes.size, |offset, stride, start, n| array.read(offset, stride, n, &mut values[start..], 1));
-    values
+    Ok(values)
 }
 
-/// Reads class indices of any integer type to `out[first], out[first + step], …`, in C order.
+/// The same of an argument that may be absent: empty then.
+pub fn read_optional(array: Option<&Array>) -> Result<Vec<f64>, Error> {
+    array.map_or(Ok(Vec::new()), read_all)
+}
+
+/// Reads and checks class indices of any integer type to `out[first], out[first + step], …`, in C order; `rows` are the sample weights (empty when
+/// all are 1) and the number of indices per row.
 pub(super) fn classes(
     argument: &'static str,
     array: &Array,
     classes: usize,
     ignore: Option<i64>,
+    rows: (&[f64], usize),
     out: &mut [i64],
     step: usize,
     first: usize,
 ) -> Result<(), Error> {
     let axes = Axes::new(array.shape(), &[array.strides()], 0..array.shape().len());
     let mut failure = None;
+    // Labels of rows that are left out may be anything.
+    let (sample, per_row) = rows;
+    let left_out = |position: usize| !sample.is_empty() && sample[position / per_row] == 0.0;
     axes.runs(0, 0, axes.size, |offset, stride, start, n| {
-        if failure.is_some() || n == 0 {
-            return;
-        }
-        let dst = &mut out[start * step + first..];
-        if let Some(i) = array.read_classes(offset, stride, n, classes, ignore, NONE, dst, step) {
-            let value = array.get(offset + i as isize * stride);
-            failure = Some(Error::TargetOutOfBounds { argument, position: start + i, value });
+        // All at once, or between rows that are left out.
+        let mut i = 0;
+        while i < n && failure.is_none() {
+            let some = if sample.is_empty() { n } else { (i..n).take_while(|&i| !left_out(start + i)).count() };
+            if some == 0 {
+                out[(start + i) * step + first] = NONE;
+                i += 1;
+                continue;
+            }
+            let from = offset + i as isize * stride;
+            let dst = &mut out[(start + i) * step + first..];
+            if let Some(bad) = array.read_classes(from, stride, some, classes, ignore, NONE, dst, step) {
+                let value = array.get(from + bad as isize * stride);
+                failure = Some(Error::TargetOutOfBounds { argument, position: start + i + bad, value });
+            }
+            i += some;
         }
     });
     failure.map_or(Ok(()), Err)
@@ -58,31 +87,44 @@ impl Labels {
     /// Reads and checks the targets of `rows` rows; `None` for class probabilities.
     pub fn new(target: &Target, rows: usize, classes_len: usize, options: &LossOptions) -> Result<Option<Self>, Error> {
         let ignore = options.ignore_index;
+        let sample = read_optional(options.sample_weight.as_ref())?;
+        if !sample.is_empty() && sample.len() != rows {
+            return Err(Error::Invalid("sample_weight must have one element per row"));
+        }
         Ok(Some(match target {
             Target::Probs(_) => return Ok(None),
             Target::Index(array) => {
-                let mut class = vec![NONE; rows];
-                classes("target", array, classes_len, ignore, &mut class, 1, 0)?;
-                Self { entries: 1, class, share: Vec::new() }
+                let mut class = filled(NONE, rows)?;
+                classes("target", array, classes_len, ignore, (&sample, 1), &mut class, 1, 0)?;
+                Self { entries: 1, class, share: Vec::new(), partial: false }
             }
             Target::Mixup { a, b, lam } => {
-                let mut class = vec![NONE; 2 * rows];
-                classes("y_a", a, classes_len, ignore, &mut class, 2, 0)?;
-                classes("y_b", b, classes_len, ignore, &mut class, 2, 1)?;
-                let lam = read_all(lam);
+                let mut class = filled(NONE, rows.checked_mul(2).ok_or(Error::OutOfMemory)?)?;
+                classes("y_a", a, classes_len, ignore, (&sample, 1), &mut class, 2, 0)?;
+                classes("y_b", b, classes_len, ignore, (&sample, 1), &mut class, 2, 1)?;
+                let lam = read_all(lam)?;
                 if let Some(position) = lam.iter().position(|lam| !(0.0..=1.0).contains(lam)) {
                     return Err(Error::BadValue { argument: "lam", position, value: lam[position] });
                 }
-                let share = lam.iter().flat_map(|&lam| [lam, 1.0 - lam]).collect();
-                Self { entries: 2, class, share }
+                let mut share = filled(0.0, class.len())?;
+                for (pair, &lam) in share.chunks_exact_mut(2).zip(&lam) {
+                    pair.copy_from_slice(&[lam, 1.0 - lam]);
+                }
+                let partial = class.chunks_exact(2).any(|pair| (pair[0] == NONE) != (pair[1] == NONE));
+                Self { entries: 2, class, share, partial }
             }
             Target::Sparse { indices, probs } => {
                 let entries = indices.shape().last().copied().unwrap_or(0);
-                let mut class = vec![NONE; entries * rows];
-                classes("indices", indices, classes_len, None, &mut class, 1, 0)?;
-                Self { entries, class, share: read_all(probs) }
+                let mut class = filled(NONE, entries.checked_mul(rows).ok_or(Error::OutOfMemory)?)?;
+                classes("indices", indices, classes_len, None, (&sample, entries), &mut class, 1, 0)?;
+                Self { entries, class, share: read_all(probs)?, partial: false }
             }
         }))
+    }
+
+    /// Share of a row's sides that have a class; the others take their part of the smoothing with them.
+    pub fn kept_share(&self, row: usize) -> f64 {
+        if self.partial { self.row(row).map(|(_, _, share)| share).sum() } else { 1.0 }
     }
 
     /// The entries of a row: (class, share), those without a class left out.
@@ -110,7 +152,7 @@ pub struct RowWeights {
 impl RowWeights {
     /// Reads the sample weights and sums the divisor, in row order.
     pub fn new(labels: Option<&Labels>, sparse: bool, rows: usize, weight: &[f64], options: &LossOptions) -> Result<Self, Error> {
-        let sample = options.sample_weight.as_ref().map_or_else(Vec::new, read_all);
+        let sample = read_optional(options.sample_weight.as_ref())?;
         if let Some(position) = sample.iter().position(|&s| s.is_nan() || s < 0.0) {
             return Err(Error::BadValue { argument: "sample_weight", position, value: sample[position] });
         }

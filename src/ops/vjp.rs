@@ -10,7 +10,7 @@ use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
 use super::plan::{Axes, with_axes};
-use super::targets::{Labels, RowWeights, read_all, row_shape};
+use super::targets::{Labels, RowWeights, filled, read_optional, row_shape};
 
 const BLOCK: usize = 512;
 const TASK: usize = 1 << 15;
@@ -81,6 +81,9 @@ fn vjp(exec: &Exec, g: &Array, p: &Array, axis: usize, out: &Out, log: bool) -> 
     if !p.dtype().is_float() || !g.dtype().is_float() {
         return Err(Error::Invalid("dtypes of the vjp"));
     }
+    if p.size() == 0 {
+        return Ok(());
+    }
     let strides = [g.strides(), p.strides(), out.array().strides()];
     let classes = Axes::new(shape, &strides, core::iter::once(axis));
     let rows = Axes::new(shape, &strides, (0..shape.len()).filter(|&a| a != axis));
@@ -138,7 +141,7 @@ pub fn nll_loss(
     let strides: [&[isize]; 4] = [log_probs.strides(), out.strides(), &result, &up];
     let classes = Axes::new(shape, &strides[..2], core::iter::once(axis));
     let axes = Axes::new(shape, &strides, (0..ndim).filter(|&a| a != axis));
-    let weight = options.weight.as_ref().map_or_else(Vec::new, read_all);
+    let weight = read_optional(options.weight.as_ref())?;
     if !weight.is_empty() && weight.len() != classes.size {
         return Err(Error::Invalid("weight must have one element per class"));
     }
@@ -149,7 +152,7 @@ pub fn nll_loss(
     let single = log_probs.dtype().row_dtype() == DType::F32;
     let per_task = (TASK / if grad.is_some() { classes.size.max(1) } else { 1 }).max(1);
     let tasks = axes.size.div_ceil(per_task);
-    let partial = Mutex::new(vec![Pair::default(); tasks]);
+    let partial = Mutex::new(filled(Pair::default(), tasks)?);
     threads::for_each(if axes.size * classes.size > TASK { exec.threads } else { 1 }, tasks, &|task| {
         let mut sum = Pair::default();
         for row in task * per_task..axes.size.min((task + 1) * per_task) {

@@ -190,7 +190,7 @@ fn refuse_lazy(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<()> {
     // Dask's own protocol for "this is a collection"; xarray and others answer None when nothing in them is lazy.
     let lazy = match object.getattr_opt(intern!(py, "__dask_graph__"))? {
         Some(graph) => graph.is_callable() && graph.call0().map_or(true, |graph| !graph.is_none()),
-        None => false,
+        None => object.get_type().module().is_ok_and(|module| module.to_string_lossy().split('.').next() == Some("dask")),
     };
     if lazy {
         return Err(type_error(format!(
@@ -231,6 +231,9 @@ fn ndarray<'py>(object: &Bound<'py, PyAny>, argument: &'static str, accept: Acce
             return ndarray(&double, argument, accept);
         }
         known => {
+            if let (Known::Other, Some(converted)) = (&known, convert(object, accept)?) {
+                return ndarray(&converted, argument, accept);
+            }
             let given = object.getattr(intern!(py, "dtype"))?.str()?.to_string_lossy().into_owned();
             let dtype = if let Known::Type(dtype, _) = known { Some(dtype) } else { None };
             return Err(wrong_dtype(argument, &given, dtype, accept));
@@ -240,6 +243,30 @@ fn ndarray<'py>(object: &Bound<'py, PyAny>, argument: &'static str, accept: Acce
     // SAFETY: an ndarray's shape and strides reach only memory that it keeps alive, and the view holds a reference to it.
     let array = unsafe { Array::new(raw(object).data.cast(), dtype, swapped, &shape, &strides) };
     Ok(View { object: object.clone(), array, _lent: None })
+}
+
+/// The small number types that extensions of NumPy define (`int4`, `float8_e5m2`, ...), where any integer or any real type is taken.
+fn convert<'py>(object: &Bound<'py, PyAny>, accept: Accept) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = object.py();
+    let number = {
+        // SAFETY: an ndarray's descr is a live dtype; its fields are only read.
+        unsafe { (*npyffi::_PyDataType_GET_ITEM_DATA(raw(object).descr)).type_num }
+    };
+    if number < NPY_TYPES::NPY_USERDEF as c_int {
+        return Ok(None);
+    }
+    let wide: &[&str] = match accept {
+        Accept::Integers | Accept::Target => &["int64"],
+        Accept::Reals => &["float64"],
+        Accept::Floats | Accept::Bools => &[],
+    };
+    for &wide in wide {
+        let safe = numpy(py)?.call_method1(intern!(py, "can_cast"), (object.getattr(intern!(py, "dtype"))?, wide, "safe"))?;
+        if safe.is_truthy()? {
+            return object.call_method1(intern!(py, "astype"), (wide,)).map(Some);
+        }
+    }
+    Ok(None)
 }
 
 fn wrong_dtype(argument: &str, given: &str, dtype: Option<DType>, accept: Accept) -> PyErr {

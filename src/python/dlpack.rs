@@ -93,6 +93,13 @@ pub(super) fn view<'py>(object: &Bound<'py, PyAny>, argument: &'static str) -> P
             "{argument} is on the device {device}; crossent computes on the CPU: copy it there first ({argument}.cpu() for a torch tensor)"
         )));
     }
+    if let Some(negated) = object.getattr_opt(intern!(py, "is_neg"))?
+        && negated.is_callable()
+        && negated.call0()?.is_truthy()?
+    {
+        // PyTorch lends such a view as if it were not negated.
+        return Err(value_error(format!("{argument} is a negated view whose memory has the other sign; pass {argument}.resolve_neg()")));
+    }
     let capsule = export(object, argument)?;
     let lent = take(&capsule, argument)?;
     let tensor = match &lent {

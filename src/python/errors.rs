@@ -93,7 +93,10 @@ impl Context<'_> {
                     self.logits,
                     shape(self.shape),
                 );
-                if self.can_ignore {
+                if value > i128::from(i64::MAX) {
+                    // ignore_index is a signed number of 64 bits; so large a label is a negative one that was cast.
+                    let _ = write!(message, "; if it marks padding, pass {name}.astype(numpy.int64) and ignore_index={}", value as i64);
+                } else if self.can_ignore {
                     let _ = write!(message, "; if it marks padding, pass ignore_index={value}");
                 } else {
                     message.push_str("; pad with a class in range and probability 0");

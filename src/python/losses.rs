@@ -141,7 +141,7 @@ impl<'py> Parsed<'py> {
             normalizer: options::optional(extra.normalizer, "normalizer", POSITIVE, options::positive)?,
             z_loss: options::number(extra.z_loss, "z_loss", "a finite number", f64::is_finite)?,
             softcap: options::optional(extra.softcap, "softcap", POSITIVE, options::positive)?,
-            temperature: options::number(extra.temperature, "temperature", POSITIVE, options::positive)?,
+            temperature: options::number(extra.temperature, "temperature", "a positive finite number, not subnormal", options::divides)?,
             mask: targets::mask(extra.mask, logits)?,
         })
     }

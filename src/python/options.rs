@@ -1,6 +1,6 @@
 //! Options that are numbers or names: parsed, checked, and the reasons given.
 
-use pyo3::exceptions::{PyOverflowError, PyTypeError};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyString, PyTuple};
@@ -28,6 +28,9 @@ pub(super) fn real(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<f64> {
     if let Ok(float) = object.cast_exact::<PyFloat>() {
         return Ok(float.value());
     }
+    if let Some(given) = not_real(object)? {
+        return Err(type_error(format!("{argument} must be a real number, got {} of dtype {given}", type_name(object))));
+    }
     match object.extract::<f64>() {
         Ok(value) => Ok(value),
         Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
@@ -37,6 +40,21 @@ pub(super) fn real(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<f64> {
             Err(type_error(format!("{argument} must be a real number, got {}", type_name(object))))
         }
         Err(error) => Err(error),
+    }
+}
+
+/// The dtype of a NumPy scalar or array that `float()` would take for a number although it is a complex one, a string, a date or a duration.
+fn not_real(object: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+    let py = object.py();
+    let Some(dtype) = object.getattr_opt(intern!(py, "dtype"))? else { return Ok(None) };
+    let kind = dtype.getattr_opt(intern!(py, "kind"))?.and_then(|kind| kind.extract::<String>().ok());
+    // Those of ml_dtypes are of kind "V" too, but numbers.
+    let builtin =
+        |kind: &str| kind != "V" || dtype.getattr(intern!(py, "num")).and_then(|num| num.extract::<i32>()).is_ok_and(|num| num < 256);
+    if kind.as_deref().is_some_and(|kind| matches!(kind, "c" | "S" | "U" | "M" | "m" | "V") && builtin(kind)) {
+        dtype.str().map(|name| Some(name.to_string_lossy().into_owned()))
+    } else {
+        Ok(None)
     }
 }
 
@@ -61,6 +79,11 @@ pub(super) fn positive(value: f64) -> bool {
     value > 0.0 && value.is_finite()
 }
 
+/// Positive, and so is its inverse.
+pub(super) fn divides(value: f64) -> bool {
+    positive(value) && value.is_normal()
+}
+
 pub(super) fn reduction(object: &Bound<'_, PyAny>) -> PyResult<Reduction> {
     let py = object.py();
     // Literals in Python source are interned: most calls end at one of these comparisons of pointers.
@@ -81,6 +104,18 @@ pub(super) fn reduction(object: &Bound<'_, PyAny>) -> PyResult<Reduction> {
     }
 }
 
+/// A truth value.
+pub(super) fn flag(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<bool> {
+    object.is_truthy().map_err(|error| {
+        if !error.is_instance_of::<PyValueError>(object.py()) {
+            return error;
+        }
+        let refused = type_error(format!("{argument} must be True or False, got {}: {}", type_name(object), error.value(object.py())));
+        refused.set_cause(object.py(), Some(error));
+        refused
+    })
+}
+
 /// One axis: as given, and counted from the front. A 0-d array counts as one of one axis.
 pub(super) fn axis(object: &Bound<'_, PyAny>, array: &str, ndim: usize) -> PyResult<(i64, usize)> {
     let given = integer(object, "axis")?;
@@ -92,9 +127,9 @@ fn wrap(axis: i64, ndim: usize) -> Option<usize> {
     (-ndim..ndim).contains(&axis).then(|| axis.rem_euclid(ndim) as usize)
 }
 
-/// An axis, a tuple of axes, or `None` for all of them; sorted.
+/// An axis, a tuple of axes, or `None` for all of them; sorted. The one axis a 0-d array counts as is always named: it has one class.
 pub(super) fn axes(object: &Bound<'_, PyAny>, array: &str, ndim: usize) -> PyResult<Dims<usize>> {
-    if object.is_none() {
+    if object.is_none() || (ndim == 0 && object.cast::<PyTuple>().is_ok_and(PyTupleMethods::is_empty)) {
         return Ok((0..ndim.max(1)).collect());
     }
     let Ok(tuple) = object.cast::<PyTuple>() else {

@@ -7,6 +7,7 @@ use pyo3::exceptions::PyMemoryError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyType};
 
 use super::arrays::{self, View};
 use super::errors::{out_of_memory, value_error};
@@ -97,13 +98,11 @@ impl<'py> Output<'py> {
             shape.iter().try_fold(dtype.size(), |bytes, &len| bytes.checked_mul(len)).filter(|&bytes| isize::try_from(bytes).is_ok());
         // Any zero makes it 0 bytes, but an overflow before it does not matter to a fold that starts with the zero.
         let bytes = if shape.contains(&0) { 0 } else { bytes.ok_or_else(|| out_of_memory(usize::MAX))? };
-        let owner = if bytes >= RECYCLE_FROM {
-            let buffer = Buffer::new(bytes).ok_or_else(|| out_of_memory(bytes))?;
-            Some(Bound::new(py, Recycled { buffer })?)
+        let (data, owner) = if bytes >= RECYCLE_FROM {
+            recycled(py, bytes).map(|(data, owner)| (data, Some(owner)))?
         } else {
-            None
+            (core::ptr::null_mut(), None)
         };
-        let data: *mut c_void = owner.as_ref().map_or(core::ptr::null_mut(), |owner| owner.get().buffer.as_ptr().cast());
         let flags: c_int = if owner.is_some() { NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED } else { 0 };
         let mut dims: Dims<npy_intp> = shape.iter().map(|&len| len as npy_intp).collect();
         let mut steps: Dims<npy_intp> = Dims::from_slice(strides);
@@ -140,11 +139,51 @@ impl<'py> Output<'py> {
     }
 }
 
-/// Owns the memory of a large result, as the base of the array over it.
+/// Memory for a large result and what has to become the base of the array over it: an array of bytes, whose base owns the memory in turn. NumPy
+/// lets an array be made writeable again only over a base that is, which an array can say of itself; and as the type of this one is its own,
+/// views of the result have the result as their base, as they would otherwise.
+fn recycled(py: Python<'_>, bytes: usize) -> PyResult<(*mut c_void, Bound<'_, PyAny>)> {
+    static MEMORY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let kind = MEMORY.get_or_try_init(py, || {
+        let ndarray = py.import("numpy")?.getattr("ndarray")?;
+        let members = PyDict::new(py);
+        members.set_item("__module__", "crossent._core")?;
+        members.set_item("__slots__", ())?;
+        let kind = py.get_type::<PyType>().call1(("_Memory", (ndarray,), members))?;
+        Ok::<_, PyErr>(kind.cast_into::<PyType>()?.unbind())
+    })?;
+    let buffer = Buffer::new(bytes).ok_or_else(|| out_of_memory(bytes))?;
+    let data: *mut c_void = buffer.as_ptr().cast();
+    let owner = Bound::new(py, Recycled { _buffer: buffer })?;
+    let descr = arrays::descr(py, DType::U8)?;
+    let mut len = bytes as npy_intp;
+    // SAFETY: one axis of `bytes` bytes that `data` has; the dtype's reference is stolen; the type is a subclass of ndarray without fields.
+    let memory = unsafe {
+        let array = PY_ARRAY_API.PyArray_NewFromDescr(
+            py,
+            kind.bind(py).as_type_ptr(),
+            descr,
+            1,
+            &raw mut len,
+            core::ptr::null_mut(),
+            data,
+            NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED,
+            core::ptr::null_mut(),
+        );
+        Bound::from_owned_ptr_or_err(py, array)?
+    };
+    // SAFETY: the array is fresh and has no base; the reference to the owner is stolen, also on failure.
+    if unsafe { PY_ARRAY_API.PyArray_SetBaseObject(py, memory.as_ptr().cast(), owner.into_ptr()) } != 0 {
+        return Err(PyErr::fetch(py));
+    }
+    Ok((data, memory))
+}
+
+/// Owns the memory of a large result.
 #[pyclass(frozen, module = "crossent._core", name = "_Recycled")]
 #[derive(Debug)]
 pub(super) struct Recycled {
-    buffer: Buffer,
+    _buffer: Buffer,
 }
 
 /// C-like strides for the axes in the order of another array's strides; the order of equals stays.
@@ -197,7 +236,7 @@ fn shares_memory(out: &View<'_>, input: &View<'_>) -> PyResult<bool> {
     }
     let py = out.object().py();
     let shares = SHARES.get_or_try_init(py, || Ok::<_, PyErr>(py.import("numpy")?.getattr("shares_memory")?.unbind()))?;
-    let kwargs = pyo3::types::PyDict::new(py);
+    let kwargs = PyDict::new(py);
     kwargs.set_item(intern!(py, "max_work"), MAX_WORK)?;
     match shares.bind(py).call((out.object(), input.object()), Some(&kwargs)) {
         Ok(answer) => answer.is_truthy(),

@@ -60,7 +60,7 @@ pub(super) fn logsumexp<'py>(
     let x = view(x, "x", Accept::Floats)?;
     let ndim = x.ndim();
     let axes = options::axes(axis, "x", ndim)?;
-    let keepdims = keepdims.is_truthy()?;
+    let keepdims = options::flag(keepdims, "keepdims")?;
     let dtype = x.dtype().row_dtype();
     let whole = axes.len() >= ndim;
     if whole && out.is_none() && !(keepdims && ndim > 0) {
