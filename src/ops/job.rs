@@ -13,7 +13,7 @@ use crate::tunables::tunables;
 use super::api::{Error, Exec};
 use super::by_columns;
 use super::by_rows::work_rows;
-use super::plan::{Axes, Path, path, tile_path, with_axes};
+use super::plan::{Axes, Operands, Path, path, tile_path, with_axes};
 use super::scratch::{SCRATCH, Scratch, Work};
 use super::source::{Bend, gather_logits, row_spread};
 use super::targets::{Labels, RowWeights, filled, row_shape};
@@ -131,17 +131,17 @@ impl<'a> Job<'a> {
         if bend.mask.is_some_and(|mask| mask.shape() != shape) {
             return Err(Error::Invalid("where does not have the logits' shape"));
         }
-        let none = with_axes(&[], ndim, &(0..ndim).collect::<Vec<_>>());
+        let none = with_axes(&[], ndim, &(0..ndim).collect::<Dims<_>>());
         let reduced = |array: Option<&Array>| array.map_or_else(|| none.clone(), |a| with_axes(a.strides(), ndim, axes));
         let operands: [Dims<isize>; 5] =
             [strides.into(), like(out.map(Out::array)), like(probs), reduced(result.map(Out::array)), reduced(upstream)];
         let views: [&[isize]; 5] = [&operands[0], &operands[1], &operands[2], &operands[3], &operands[4]];
         // Operands that are not there must not keep axes apart: they alias the logits for whole arrays and are left out for rows.
-        let mut present = vec![views[0], views[1], views[2]];
+        let mask_strides: Dims<isize> = like(bend.mask);
+        let mut present = Operands::from_slice(&views[..3]);
         let absent = views[0];
         present.push(if result.is_some() { views[3] } else { absent });
         present.push(if upstream.is_some() { views[4] } else { absent });
-        let mask_strides: Dims<isize> = like(bend.mask);
         present.push(&mask_strides);
         let classes = Axes::new(shape, &present_classes(&present, bend.mask.is_some()), axes.iter().copied());
         let rows = Axes::new(shape, &present, (0..ndim).filter(|axis| !axes.contains(axis)));
@@ -244,8 +244,8 @@ impl<'a> Job<'a> {
 }
 
 /// The operands that have class axes; the row operands stand for themselves only among rows.
-pub(super) fn present_classes<'s>(strides: &[&'s [isize]], mask: bool) -> Vec<&'s [isize]> {
-    let mut classes = strides.to_vec();
+pub(super) fn present_classes<'s>(strides: &[&'s [isize]], mask: bool) -> Operands<&'s [isize]> {
+    let mut classes = Operands::from_slice(strides);
     (classes[RESULT], classes[UPSTREAM]) = (strides[X], strides[X]);
     if !mask {
         classes[MASK] = strides[X];

@@ -1,6 +1,11 @@
 //! Shapes and strides: which axes are classes, which are rows, and how memory allows them to be read.
 
+use smallvec::SmallVec;
+
 use crate::array::{Array, Dims};
+
+/// One of something for each operand of a call, without a heap allocation.
+pub type Operands<T> = SmallVec<[T; 6]>;
 
 /// A set of axes with one stride per operand, adjacent axes merged where every operand allows it.
 #[derive(Clone, Debug)]
@@ -8,7 +13,7 @@ pub struct Axes {
     /// Lengths, outermost first; never 1.
     pub lens: Dims<usize>,
     /// Strides in bytes, `strides[operand][axis]`.
-    pub strides: Vec<Dims<isize>>,
+    pub strides: Operands<Dims<isize>>,
     /// Product of the lengths.
     pub size: usize,
 }
@@ -17,7 +22,7 @@ impl Axes {
     /// The axes `chosen` of operands that all have the shape `shape`.
     pub fn new(shape: &[usize], operands: &[&[isize]], chosen: impl Iterator<Item = usize>) -> Self {
         let mut lens = Dims::new();
-        let mut strides: Vec<Dims<isize>> = operands.iter().map(|_| Dims::new()).collect();
+        let mut strides: Operands<Dims<isize>> = operands.iter().map(|_| Dims::new()).collect();
         let mut size = 1;
         for axis in chosen {
             let len = shape[axis];
