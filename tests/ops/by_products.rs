@@ -99,7 +99,7 @@ fn check_kl(exec: &Exec, p: &Tensor, q: &Tensor, axis: usize, out: Layout, conte
     let (p_values, q_values) = (p.values(), q.values());
     let mut kl = Tensor::empty(dtype, Layout::C, &rows);
     let mut grad = Tensor::empty(q.dtype, out, &p.shape);
-    let up = GradOutput::Scalar(-2.0);
+    let up = GradOutput::Scalar(-1.0);
     ops::kl_divergence(
         exec,
         &p.array(),
@@ -136,8 +136,8 @@ fn check_kl(exec: &Exec, p: &Tensor, q: &Tensor, axis: usize, out: Layout, conte
             assert!(actual == exact || actual.is_nan() && exact.is_nan(), "row {r} of {}: {actual:e}, expected {exact:e}", context());
         }
         for (c, &at) in group.iter().enumerate() {
-            let size = 2.0 * a.p(c).max(b.p(c));
-            close(q.dtype, 8.0, gradients[at], -2.0 * (b.p(c) - a.p(c)), size, &|| format!("gradient {c} of row {r} of {}", context()));
+            let size = a.p(c).max(b.p(c));
+            close(q.dtype, 8.0, gradients[at], a.p(c) - b.p(c), size, &|| format!("gradient {c} of row {r} of {}", context()));
         }
     }
     kl.check_guards();
