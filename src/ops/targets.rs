@@ -2,6 +2,7 @@
 
 use crate::array::{Array, Dims};
 use crate::kernels::state::Pair;
+use crate::simd::{Isa, Kernel, Level};
 
 use super::api::{Error, LossOptions, Target};
 use super::plan::Axes;
@@ -45,12 +46,32 @@ fn classes(
             return;
         }
         let dst = &mut out[start * step + first..];
-        if let Some(i) = array.read_classes(offset, stride, n, classes, ignore, NONE, dst, step) {
+        // Integers are the same on every level.
+        if let Some(i) = Level::best().run(Read { array, run: (offset, stride, n), classes, ignore, dst, step }) {
             let value = array.get(offset + i as isize * stride);
             failure = Some(Error::TargetOutOfBounds { argument, position: start + i, value });
         }
     });
     failure.map_or(Ok(()), Err)
+}
+
+/// A run of class indices, as a kernel.
+struct Read<'s, 'a> {
+    array: &'s Array<'a>,
+    run: (isize, isize, usize),
+    classes: usize,
+    ignore: Option<i64>,
+    dst: &'s mut [i64],
+    step: usize,
+}
+
+impl Kernel for Read<'_, '_> {
+    type Output = Option<usize>;
+    #[inline(always)]
+    fn run<S: Isa>(self, _isa: S) -> Option<usize> {
+        let (offset, stride, n) = self.run;
+        self.array.read_classes(offset, stride, n, self.classes, self.ignore, NONE, self.dst, self.step)
+    }
 }
 
 impl Labels {
@@ -104,6 +125,8 @@ pub struct RowWeights {
     pub divisor: f64,
     /// Whether any row is kept.
     pub any: bool,
+    /// Whether every row is.
+    pub all: bool,
 }
 
 impl RowWeights {
@@ -113,10 +136,11 @@ impl RowWeights {
         if let Some(position) = sample.iter().position(|&s| s.is_nan() || s < 0.0) {
             return Err(Error::BadValue { argument: "sample_weight", position, value: sample[position] });
         }
-        let mut this = Self { sample, divisor: 0.0, any: false };
+        let mut this = Self { sample, divisor: 0.0, any: false, all: false };
         if weight.is_empty() && this.sample.is_empty() && (labels.is_none() || sparse) {
             this.divisor = rows as f64;
             this.any = rows > 0;
+            this.all = true;
         } else if let Some(labels) = labels
             && weight.is_empty()
             && this.sample.is_empty()
@@ -125,8 +149,9 @@ impl RowWeights {
             let kept = labels.class.iter().filter(|&&class| class != NONE).count();
             this.divisor = kept as f64;
             this.any = kept > 0;
+            this.all = kept == rows;
         } else {
-            let (mut sum, mut any) = (Pair::default(), false);
+            let (mut sum, mut kept) = (Pair::default(), 0);
             for row in (0..rows).filter(|&row| this.kept(labels, row)) {
                 let w = match labels {
                     Some(labels) if !sparse => {
@@ -135,10 +160,11 @@ impl RowWeights {
                     _ => 1.0,
                 };
                 sum.add(w * this.sample_weight(row));
-                any = true;
+                kept += 1;
             }
             this.divisor = sum.value();
-            this.any = any;
+            this.any = kept > 0;
+            this.all = kept == rows;
         }
         if let Some(normalizer) = options.normalizer {
             this.divisor = normalizer;
