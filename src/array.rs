@@ -122,6 +122,11 @@ impl<'a> Array<'a> {
         self.shape.iter().product()
     }
 
+    /// Whether both begin at the same address.
+    pub(crate) fn starts_as(&self, other: &Array) -> bool {
+        core::ptr::eq(self.ptr, other.ptr)
+    }
+
     /// Whether native vectors can read it: native byte order, aligned, strides of whole elements.
     pub(crate) fn is_plain(&self) -> bool {
         let size = self.dtype.size();
@@ -825,6 +830,15 @@ impl<'a, E: Element> Columns<'a, E> {
         unsafe { E::load(isa, self.ptr.offset(c as isize * self.stride).add(j)) }
     }
 
+    /// Asks for what lies `ahead` bytes behind all columns of class `c`, which need not be there.
+    #[inline(always)]
+    pub fn prefetch<S: Isa>(self, isa: S, c: usize, ahead: isize) {
+        let class = self.ptr.wrapping_offset(c as isize * self.stride).cast::<u8>().wrapping_offset(ahead);
+        for line in (0..self.width * size_of::<E>()).step_by(64) {
+            isa.prefetch(class.wrapping_add(line));
+        }
+    }
+
     /// Class `c` of column `j`.
     #[inline(always)]
     pub fn get(self, c: usize, j: usize) -> E {
@@ -905,6 +919,21 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
         assert!(c < self.0.classes && j + <Vf<S, E::Acc> as Vector>::LANES <= self.0.width);
         // SAFETY: in bounds; valid for writes.
         unsafe { E::store(isa, v, self.0.ptr.cast_mut().offset(c as isize * self.0.stride).add(j)) }
+    }
+
+    /// As [`ColumnsMut::store`], past the caches where whole aligned vectors of the type allow it.
+    #[inline(always)]
+    pub fn stream<S: Isa>(self, isa: S, c: usize, j: usize, v: Vf<S, E::Acc>) {
+        let to = self.0;
+        assert!(c < to.classes && j < to.width);
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        let ptr = to.ptr.cast_mut().wrapping_offset(c as isize * to.stride).wrapping_add(j);
+        if E::DTYPE == E::Acc::DTYPE && to.width - j >= lanes && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
+            // SAFETY: in bounds and aligned; valid for writes; the element is the lane type.
+            unsafe { v.stream(ptr.cast()) }
+        } else {
+            self.store(isa, c, j, v);
+        }
     }
 
     /// Stores class `c` of the columns from `j` on, rounded once.

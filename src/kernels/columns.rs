@@ -47,23 +47,32 @@ impl<T: Float> Dense<'_, T> {
 
 // --- filling and emptying tiles -----------------------------------------------------------------------------------------------------
 
-/// Adjacent rows, widened; lanes beyond the last one are zero.
+/// Adjacent rows, widened; lanes beyond the last one are zero. What lies `ahead` bytes behind is asked for.
 #[inline(always)]
-pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, tile: ColumnsMut<T>) {
+pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, tile: ColumnsMut<T>, ahead: isize) {
     for c in 0..src.classes() {
+        src.prefetch(isa, c, ahead);
         for j in (0..src.width()).step_by(Vf::<S, T>::LANES) {
             tile.store_whole(isa, c, j, src.load(isa, c, j));
         }
     }
 }
 
-/// The inverse of [`copy_in`].
+/// The inverse of [`copy_in`]; `stream` writes past the caches.
 #[inline(always)]
-pub fn copy_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>, dst: ColumnsMut<E>) {
+pub fn copy_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>, dst: ColumnsMut<E>, stream: bool) {
     for c in 0..dst.read().classes() {
         for j in (0..dst.read().width()).step_by(Vf::<S, T>::LANES) {
-            dst.store(isa, c, j, tile.load_whole(isa, c, j));
+            let v = tile.load_whole(isa, c, j);
+            if stream {
+                dst.stream(isa, c, j, v);
+            } else {
+                dst.store(isa, c, j, v);
+            }
         }
+    }
+    if stream {
+        isa.fence();
     }
 }
 

@@ -17,6 +17,10 @@ use super::targets::NONE;
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
 const ROOM: usize = 16 << 10;
 
+/// Bytes of a result from which on its columns are written past the caches: each class is another stretch of memory, and reading the lines first
+/// takes longer than the computation.
+const STREAM: usize = 16 << 20;
+
 /// The most lanes of a vector: tiles are filled up to a multiple of it.
 const LANES: usize = 16;
 
@@ -89,7 +93,9 @@ impl<'j, 'a> Strip<'j, 'a> {
         match path {
             Path::Columns => {
                 let src = array.columns::<E>(job.rows.offset(operand, self.kept[0]) + first as isize * step, step, count, n);
-                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride)));
+                // The next strip, or the next block of this one.
+                let ahead = if count == job.classes.size { (n * size) as isize } else { BLOCK as isize * step };
+                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), ahead));
             }
             Path::Rows if count == 2 && self.adjacent(operand, count, size) => {
                 let src = array.span::<E>(job.rows.offset(operand, self.kept[0]), 2 * n);
@@ -141,7 +147,9 @@ impl<'j, 'a> Strip<'j, 'a> {
         match self.path(job.tile_write) {
             Path::Columns => {
                 let dst = out.columns::<E>(job.rows.offset(OUT, self.kept[0]) + first as isize * step, step, count, n);
-                job.level.run(Move::Out(source, dst));
+                // In place the lines are in the cache already.
+                let stream = !job.in_place && job.rows.size * job.classes.size * size >= STREAM;
+                job.level.run(Move::Out(source, dst, stream));
             }
             Path::Rows if count == 2 && self.adjacent(OUT, count, size) => {
                 let dst = out.span::<E>(job.rows.offset(OUT, self.kept[0]), 2 * n);
@@ -186,8 +194,8 @@ impl<'j, 'a> Strip<'j, 'a> {
 /// Ways into a tile and out of it.
 enum Move<'s, E, T> {
     /// Adjacent rows.
-    In(Columns<'s, E>, ColumnsMut<'s, T>),
-    Out(Columns<'s, T>, ColumnsMut<'s, E>),
+    In(Columns<'s, E>, ColumnsMut<'s, T>, isize),
+    Out(Columns<'s, T>, ColumnsMut<'s, E>, bool),
     /// Adjacent rows of two adjacent classes.
     PairsIn(Span<'s, E>, ColumnsMut<'s, T>),
     PairsOut(Columns<'s, T>, SpanMut<'s, E>),
@@ -204,8 +212,8 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Move<'_, E, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         match self {
-            Self::In(src, tile) => columns::copy_in(isa, src, tile),
-            Self::Out(tile, dst) => columns::copy_out(isa, tile, dst),
+            Self::In(src, tile, ahead) => columns::copy_in(isa, src, tile, ahead),
+            Self::Out(tile, dst, stream) => columns::copy_out(isa, tile, dst, stream),
             Self::PairsIn(src, tile) => columns::deinterleave_in(isa, src, tile),
             Self::PairsOut(tile, dst) => columns::interleave_out(isa, tile, dst),
             Self::RowsIn(src, tile) => columns::transpose_in(isa, src, tile),

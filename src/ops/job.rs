@@ -59,6 +59,8 @@ pub(super) struct Job<'a> {
     pub(super) tile_read: Path,
     pub(super) tile_write: Path,
     pub(super) tile_probs: Path,
+    /// Whether results replace the logits.
+    pub(super) in_place: bool,
     pub(super) labels: Option<Labels>,
     pub(super) weights: RowWeights,
     pub(super) bend: Bend<'a>,
@@ -171,6 +173,7 @@ impl<'a> Job<'a> {
             tile_read,
             tile_write,
             tile_probs,
+            in_place: out.is_some_and(|out| out.array().starts_as(x)),
             labels: None,
             weights: RowWeights { all: true, ..RowWeights::default() },
             weight: Vec::new(),

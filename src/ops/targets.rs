@@ -1,5 +1,7 @@
 //! Class indices: read once, checked, and used from the copy, so that another thread that changes them meanwhile can do no harm.
 
+use std::cell::Cell;
+
 use crate::array::{Array, Dims};
 use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Level};
@@ -19,6 +21,30 @@ pub struct Labels {
     pub class: Vec<i64>,
     /// Its share of the row's target, 1 when empty.
     pub share: Vec<f64>,
+}
+
+thread_local! {
+    /// The class indices of the call before: large results of the allocator are fresh pages each time.
+    static SPARE: Cell<Vec<i64>> = const { Cell::new(Vec::new()) };
+}
+
+/// Most class indices that are kept for the next call.
+const SPARE_MOST: usize = 1 << 20;
+
+/// `n` entries without a class.
+fn entries(n: usize) -> Vec<i64> {
+    let mut class = SPARE.take();
+    class.clear();
+    class.resize(n, NONE);
+    class
+}
+
+impl Drop for Labels {
+    fn drop(&mut self) {
+        if self.class.capacity() <= SPARE_MOST {
+            SPARE.set(core::mem::take(&mut self.class));
+        }
+    }
 }
 
 /// Reads values of shape (rows, inner) in C order.
@@ -81,12 +107,12 @@ impl Labels {
         Ok(Some(match target {
             Target::Probs(_) => return Ok(None),
             Target::Index(array) => {
-                let mut class = vec![NONE; rows];
+                let mut class = entries(rows);
                 classes("target", array, classes_len, ignore, &mut class, 1, 0)?;
                 Self { entries: 1, class, share: Vec::new() }
             }
             Target::Mixup { a, b, lam } => {
-                let mut class = vec![NONE; 2 * rows];
+                let mut class = entries(2 * rows);
                 classes("y_a", a, classes_len, ignore, &mut class, 2, 0)?;
                 classes("y_b", b, classes_len, ignore, &mut class, 2, 1)?;
                 let lam = read_all(lam);
@@ -98,7 +124,7 @@ impl Labels {
             }
             Target::Sparse { indices, probs } => {
                 let entries = indices.shape().last().copied().unwrap_or(0);
-                let mut class = vec![NONE; entries * rows];
+                let mut class = self::entries(entries * rows);
                 classes("indices", indices, classes_len, None, &mut class, 1, 0)?;
                 Self { entries, class, share: read_all(probs) }
             }
