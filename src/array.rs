@@ -125,6 +125,11 @@ impl<'a> Array<'a> {
         self.shape.iter().product()
     }
 
+    /// Whether both begin at the same address.
+    pub(crate) fn starts_as(&self, other: &Array) -> bool {
+        core::ptr::eq(self.ptr, other.ptr)
+    }
+
     /// Whether native vectors can read it: native byte order, aligned, strides of whole elements.
     pub(crate) fn is_plain(&self) -> bool {
         let size = self.dtype.size();
@@ -160,23 +165,20 @@ impl<'a> Array<'a> {
         unsafe { Columns::new(self.ptr.offset(offset).cast::<E>(), stride / size_of::<E>() as isize, classes, width) }
     }
 
-    /// `offsets.len()` rows of `len` adjacent elements each; panics as [`Array::span`].
+    /// Rows of `len` adjacent elements each, where `offsets` says relative to a byte offset; panics as [`Array::span`].
     #[inline(always)]
-    pub(crate) fn rows<'o, E: Element>(&self, offsets: &'o [isize], len: usize) -> Rows<'o, E>
+    pub(crate) fn rows<'o, E: Element>(&self, base: isize, offsets: &'o Offsets, len: usize) -> Rows<'o, E>
     where
         'a: 'o,
     {
         assert!(E::DTYPE == self.dtype && self.is_plain());
-        let (mut low, mut high) = (isize::MAX, isize::MIN);
-        for &offset in offsets {
-            (low, high) = (low.min(offset), high.max(offset));
+        let (low, high) = offsets.ends;
+        if !offsets.list.is_empty() {
+            self.check(base + low, size_of::<E>() as isize, len);
+            self.check(base + high, size_of::<E>() as isize, len);
         }
-        if !offsets.is_empty() {
-            self.check(low, size_of::<E>() as isize, len);
-            self.check(high, size_of::<E>() as isize, len);
-        }
-        // The first and the last row lie in the extent, so the others do.
-        Rows { base: self.ptr, offsets, len, life: PhantomData }
+        // The lowest and the highest row lie in the extent, so the others do.
+        Rows { base: self.ptr.wrapping_offset(base), offsets: &offsets.list, len, life: PhantomData }
     }
 
     /// Reads `n` elements `stride` bytes apart as `T` into `dst[0], dst[step], …`; any dtype, alignment and byte order.
@@ -216,6 +218,7 @@ impl<'a> Array<'a> {
     }
 
     /// Reads class indices: those equal to `ignore` become `none`. Stops before the first that is not below `limit` and gives its position.
+    #[inline(always)]
     pub(crate) fn read_classes(
         &self,
         offset: isize,
@@ -235,21 +238,29 @@ impl<'a> Array<'a> {
         // SAFETY: in the extent, checked above.
         let ptr = unsafe { self.ptr.offset(offset) };
         macro_rules! copy {
-            ($type:ty) => {{
+            ($type:ty) => {
+                // The usual case apart, for constant strides.
+                if stride == size_of::<$type>() as isize && step == 1 {
+                    copy!($type, size_of::<$type>() as isize, 1)
+                } else {
+                    copy!($type, stride, step)
+                }
+            };
+            ($type:ty, $stride:expr, $step:expr) => {{
                 // A mark that the type cannot hold marks nothing.
                 let mark = ignore.and_then(|mark| <$type>::try_from(mark).ok());
                 let (marks, mark) = (mark.is_some(), mark.unwrap_or_default());
-                let mut bad = false;
+                let (mut bad, dst) = (false, &mut dst[..(n - 1) * $step + 1]);
                 for i in 0..n {
                     // SAFETY: element i of the run that was checked; unaligned reads take any address.
-                    let raw = unsafe { ptr.offset(i as isize * stride).cast::<$type>().read_unaligned() };
+                    let raw = unsafe { ptr.offset(i as isize * $stride).cast::<$type>().read_unaligned() };
                     let x = if self.swapped { raw.swap_bytes() } else { raw };
                     let ignored = marks & (x == mark);
                     // Negative numbers become large ones.
                     let outside = !ignored & (x as i64 as u64 >= limit as u64);
                     bad |= outside;
-                    dst[i * step] = if ignored { none } else { x as i64 };
-                    dst[i * step] = if outside { i64::MIN } else { dst[i * step] };
+                    let class = if outside { i64::MIN } else { x as i64 };
+                    dst[i * $step] = if ignored { none } else { class };
                 }
                 bad
             }};
@@ -351,11 +362,11 @@ impl<'a> Out<'a> {
 
     /// As [`Array::rows`].
     #[inline(always)]
-    pub(crate) fn rows<'o, E: Element>(&self, offsets: &'o [isize], len: usize) -> RowsMut<'o, E>
+    pub(crate) fn rows<'o, E: Element>(&self, base: isize, offsets: &'o Offsets, len: usize) -> RowsMut<'o, E>
     where
         'a: 'o,
     {
-        RowsMut(self.0.rows(offsets, len))
+        RowsMut(self.0.rows(base, offsets, len))
     }
 
     /// Writes `src[0], src[step], …` to `n` elements `stride` bytes apart, rounded once.
@@ -874,6 +885,15 @@ impl<'a, E: Element> Columns<'a, E> {
         unsafe { E::load(isa, self.ptr.offset(c as isize * self.stride).add(j)) }
     }
 
+    /// Asks for what lies `ahead` bytes behind all columns of class `c`, which need not be there.
+    #[inline(always)]
+    pub fn prefetch<S: Isa>(self, isa: S, c: usize, ahead: isize) {
+        let class = self.ptr.wrapping_offset(c as isize * self.stride).cast::<u8>().wrapping_offset(ahead);
+        for line in (0..self.width * size_of::<E>()).step_by(64) {
+            isa.prefetch(class.wrapping_add(line));
+        }
+    }
+
     /// Class `c` of column `j`.
     #[inline(always)]
     pub fn get(self, c: usize, j: usize) -> E {
@@ -956,6 +976,21 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
         unsafe { E::store(isa, v, self.0.ptr.cast_mut().offset(c as isize * self.0.stride).add(j)) }
     }
 
+    /// As [`ColumnsMut::store`], past the caches where whole aligned vectors of the type allow it.
+    #[inline(always)]
+    pub fn stream<S: Isa>(self, isa: S, c: usize, j: usize, v: Vf<S, E::Acc>) {
+        let to = self.0;
+        assert!(c < to.classes && j < to.width);
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        let ptr = to.ptr.cast_mut().wrapping_offset(c as isize * to.stride).wrapping_add(j);
+        if E::DTYPE == E::Acc::DTYPE && to.width - j >= lanes && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
+            // SAFETY: in bounds and aligned; valid for writes; the element is the lane type.
+            unsafe { v.stream(ptr.cast()) }
+        } else {
+            self.store(isa, c, j, v);
+        }
+    }
+
     /// Stores class `c` of the columns from `j` on, rounded once.
     #[inline(always)]
     pub fn store<S: Isa>(self, isa: S, c: usize, j: usize, v: Vf<S, E::Acc>) {
@@ -967,6 +1002,36 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
             let ptr = to.ptr.cast_mut().offset(c as isize * to.stride).add(j);
             if left >= <Vf<S, E::Acc> as Vector>::LANES { E::store(isa, v, ptr) } else { E::store_partial(isa, v, ptr, left) }
         }
+    }
+}
+
+/// Where rows begin, in bytes from a common base.
+#[derive(Debug, Default)]
+pub struct Offsets {
+    list: Vec<isize>,
+    /// The lowest and the highest of them.
+    ends: (isize, isize),
+    /// The stride and the number of rows that follow it, if that is how the list came about.
+    run: Option<(isize, usize)>,
+}
+
+impl Offsets {
+    /// `rows` rows at one stride; the last one is repeated until there are `count`.
+    pub fn run(&mut self, stride: isize, rows: usize, count: usize) -> &Self {
+        if self.run != Some((stride, rows)) || self.list.len() != count.max(rows) {
+            self.set((0..count.max(rows)).map(|i| i.min(rows.saturating_sub(1)) as isize * stride));
+            self.run = Some((stride, rows));
+        }
+        self
+    }
+
+    /// Any rows.
+    pub fn set(&mut self, rows: impl Iterator<Item = isize>) -> &Self {
+        self.run = None;
+        self.list.clear();
+        self.list.extend(rows);
+        self.ends = self.list.iter().fold((isize::MAX, isize::MIN), |(low, high), &offset| (low.min(offset), high.max(offset)));
+        self
     }
 }
 
@@ -989,7 +1054,7 @@ impl<'a, E: Element> Rows<'a, E> {
     pub fn row(self, r: usize) -> Span<'a, E> {
         assert!(r < self.offsets.len());
         // SAFETY: whoever made the rows checked every offset; they are multiples of the element's size from an aligned start.
-        unsafe { Span::new(self.base.offset(self.offsets[r]).cast::<E>(), self.len) }
+        unsafe { Span::new(self.base.wrapping_offset(self.offsets[r]).cast::<E>(), self.len) }
     }
 
     /// Number of rows.
@@ -1015,11 +1080,25 @@ impl<'a, E: Element> Rows<'a, E> {
     pub fn get(self, r: usize, c: usize) -> E {
         assert!(r < self.offsets.len() && c < self.len);
         // SAFETY: in bounds; whoever made the rows checked every offset.
-        unsafe { self.base.offset(self.offsets[r]).cast::<E>().add(c).read_unaligned() }
+        unsafe { self.base.wrapping_offset(self.offsets[r]).cast::<E>().add(c).read_unaligned() }
     }
 }
 
 impl<T: Float> Rows<'_, T> {
+    /// Asks for `count` rows from `r` on of those that follow, if they follow at the stride of the first two.
+    #[inline(always)]
+    pub fn prefetch<S: Isa>(self, isa: S, r: usize, count: usize) {
+        let [first, second, ..] = self.offsets[..] else { return };
+        let stride = second - first;
+        let mut at = self.base.wrapping_offset(first + (r + self.offsets.len()) as isize * stride);
+        // Every line of adjacent rows, the first one of rows far apart.
+        let step = stride.abs().max(64);
+        for _ in 0..(count as isize * stride.abs()).unsigned_abs().div_ceil(step.unsigned_abs()) {
+            isa.prefetch(at);
+            at = at.wrapping_offset(if stride < 0 { -step } else { step });
+        }
+    }
+
     /// Elements `c..c + 4` of the rows from `r` on: lane i of vector j is element c + j of row r + i.
     #[inline(always)]
     pub fn load4<S: Isa>(self, isa: S, r: usize, c: usize) -> [Vf<S, T>; 4] {
@@ -1047,19 +1126,17 @@ impl<'a, E: Element> RowsMut<'a, E> {
     pub fn set(self, r: usize, c: usize, x: E) {
         assert!(r < self.0.offsets.len() && c < self.0.len);
         // SAFETY: in bounds; whoever made the rows checked every offset, and they are writable.
-        unsafe { self.0.base.offset(self.0.offsets[r]).cast::<E>().add(c).write_unaligned(x) }
+        unsafe { self.0.base.wrapping_offset(self.0.offsets[r]).cast::<E>().add(c).write_unaligned(x) }
     }
 }
 
 impl<'a, T: Float> RowsMut<'a, T> {
     /// Rows `offsets` bytes into a slice; panics when they are not there.
     #[inline(always)]
-    pub fn of(slice: &'a mut [T], offsets: &'a [isize], len: usize) -> Self {
-        let room = size_of_val(slice);
-        for &offset in offsets {
-            assert!(offset >= 0 && offset as usize + len * size_of::<T>() <= room);
-        }
-        Self(Rows { base: slice.as_mut_ptr().cast(), offsets, len, life: PhantomData })
+    pub fn of(slice: &'a mut [T], offsets: &'a Offsets, len: usize) -> Self {
+        let (low, high) = offsets.ends;
+        assert!(offsets.list.is_empty() || low >= 0 && high as usize + len * size_of::<T>() <= size_of_val(slice));
+        Self(Rows { base: slice.as_mut_ptr().cast(), offsets: &offsets.list, len, life: PhantomData })
     }
 
     /// The same rows, to read.

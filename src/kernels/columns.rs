@@ -47,23 +47,32 @@ impl<T: Float> Dense<'_, T> {
 
 // --- filling and emptying tiles -----------------------------------------------------------------------------------------------------
 
-/// Adjacent rows, widened; lanes beyond the last one are zero.
+/// Adjacent rows, widened; lanes beyond the last one are zero. What lies `ahead` bytes behind is asked for.
 #[inline(always)]
-pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, tile: ColumnsMut<T>) {
+pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, tile: ColumnsMut<T>, ahead: isize) {
     for c in 0..src.classes() {
+        src.prefetch(isa, c, ahead);
         for j in (0..src.width()).step_by(Vf::<S, T>::LANES) {
             tile.store_whole(isa, c, j, src.load(isa, c, j));
         }
     }
 }
 
-/// The inverse of [`copy_in`].
+/// The inverse of [`copy_in`]; `stream` writes past the caches.
 #[inline(always)]
-pub fn copy_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>, dst: ColumnsMut<E>) {
+pub fn copy_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>, dst: ColumnsMut<E>, stream: bool) {
     for c in 0..dst.read().classes() {
         for j in (0..dst.read().width()).step_by(Vf::<S, T>::LANES) {
-            dst.store(isa, c, j, tile.load_whole(isa, c, j));
+            let v = tile.load_whole(isa, c, j);
+            if stream {
+                dst.stream(isa, c, j, v);
+            } else {
+                dst.store(isa, c, j, v);
+            }
         }
+    }
+    if stream {
+        isa.fence();
     }
 }
 
@@ -80,6 +89,7 @@ pub fn transpose_in<S: Isa, T: Float>(isa: S, src: Rows<T>, tile: ColumnsMut<T>)
         return;
     }
     for r in (0..src.count()).step_by(Vf::<S, T>::LANES) {
+        src.prefetch(isa, r, Vf::<S, T>::LANES);
         let mut c = 0;
         loop {
             let v = src.load4(isa, r, c);
@@ -101,6 +111,7 @@ pub fn transpose_out<S: Isa, T: Float>(isa: S, tile: Columns<T>, dst: RowsMut<T>
     let (classes, rows) = (dst.read().len(), dst.read().count());
     let mut r = 0;
     while classes >= 4 && r + Vf::<S, T>::LANES <= rows {
+        dst.read().prefetch(isa, r, Vf::<S, T>::LANES);
         let mut c = 0;
         loop {
             let v = [
@@ -284,9 +295,14 @@ fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job
                 (true, false) => Dense::Shared(Span::of(&shared[first..first + count])),
                 (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
             };
+            // Two loops: each is short enough for the processor to have several groups in flight.
             for group in 0..wide / step {
                 let (state, linear) = (&mut states[group], &mut linears[group]);
-                reduce_block::<S, T, LIN, STORE>(isa, &exp, scale, block, first, at + group * step, stream, state, linear);
+                raise::<S, T, LIN>(isa, &exp, scale, block.read(), first, at + group * step, state, linear);
+            }
+            for group in 0..wide / step {
+                let (state, linear) = (&mut states[group], &mut linears[group]);
+                sum_block::<S, T, LIN, STORE>(isa, &exp, scale, block, first, at + group * step, stream, state, linear);
             }
             first += count;
             if first >= classes {
@@ -311,8 +327,61 @@ fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job
     }
 }
 
+/// Takes the maximum of a block into a state.
 #[inline(always)]
-fn reduce_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
+fn raise<S: Isa, T: Summand, const LIN: bool>(
+    isa: S,
+    exp: &Exp<Vf<S, T>>,
+    scale: f64,
+    x: Columns<T>,
+    first: usize,
+    j: usize,
+    state: &mut State<S, T>,
+    linear: &mut Linear<S, T>,
+) {
+    let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
+    let classes = x.classes();
+    let mut tops = [state.max, lowest, lowest, lowest];
+    let mut c = 0;
+    while c + 4 <= classes {
+        for (u, top) in tops.iter_mut().enumerate() {
+            // In this order a NaN is passed over; it comes back through the sum.
+            *top = x.load_whole(isa, c + u, j).max(*top);
+        }
+        c += 4;
+    }
+    while c < classes {
+        tops[0] = x.load_whole(isa, c, j).max(tops[0]);
+        c += 1;
+    }
+    let max = tops[0].max(tops[1]).max(tops[2].max(tops[3]));
+    let far = splat::<S, T>(isa, T::LIMIT.to_f64() / scale).lt(max.abs());
+    let finite = origin::<S, T>(isa, max);
+    // Lanes far off the grid, and those of −inf, must not reach the rounding of `reference`.
+    let near = Vf::<S, T>::select(far, Vf::<S, T>::splat(isa, T::ZERO), finite);
+    let (k, b) = (exp.reference(near), finite - near);
+    if first > 0 && state.max.lt(max).any() {
+        grow::<S, T, LIN>(isa, exp, scale, max, (k, b), state, linear);
+    }
+    (state.max, state.k, state.b) = (max, k, b);
+}
+
+/// The maximum, or what stands for it where it is infinite.
+#[inline(always)]
+fn origin<S: Isa, T: Summand>(isa: S, max: Vf<S, T>) -> Vf<S, T> {
+    let none = max.eq(Vf::<S, T>::splat(isa, T::NEG_INF));
+    Vf::<S, T>::select(none, Vf::<S, T>::splat(isa, T::ZERO), max.min(Vf::<S, T>::splat(isa, <T as Float>::MAX)))
+}
+
+/// Below it exponentials are zero: in terms of x − b.
+#[inline(always)]
+fn floor<S: Isa, T: Summand>(isa: S, scale: f64, max: Vf<S, T>, b: Vf<S, T>) -> Vf<S, T> {
+    (origin::<S, T>(isa, max) - b) - splat::<S, T>(isa, T::CLAMP.to_f64() / scale)
+}
+
+/// Adds the exponentials of a block to a state whose maximum knows of it.
+#[inline(always)]
+fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     isa: S,
     exp: &Exp<Vf<S, T>>,
     scale: f64,
@@ -324,35 +393,10 @@ fn reduce_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     linear: &mut Linear<S, T>,
 ) {
     let (zero, one) = (Vf::<S, T>::splat(isa, T::ZERO), Vf::<S, T>::splat(isa, T::ONE));
-    let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
     let from = x.read();
     let classes = from.classes();
-    let mut tops = [state.max, lowest, lowest, lowest];
-    let mut c = 0;
-    while c + 4 <= classes {
-        for (u, top) in tops.iter_mut().enumerate() {
-            // In this order a NaN is passed over; it comes back through the sum.
-            *top = from.load_whole(isa, c + u, j).max(*top);
-        }
-        c += 4;
-    }
-    while c < classes {
-        tops[0] = from.load_whole(isa, c, j).max(tops[0]);
-        c += 1;
-    }
-    let max = tops[0].max(tops[1]).max(tops[2].max(tops[3]));
-    let far = splat::<S, T>(isa, T::LIMIT.to_f64() / scale).lt(max.abs());
-    let none = max.eq(lowest);
-    let finite = Vf::<S, T>::select(none, zero, max.min(Vf::<S, T>::splat(isa, <T as Float>::MAX)));
-    // Lanes far off the grid, and those of −inf, must not reach the rounding of `reference`.
-    let near = Vf::<S, T>::select(far, zero, finite);
-    let (k, b) = (exp.reference(near), finite - near);
-    let floor = (finite - b) - splat::<S, T>(isa, T::CLAMP.to_f64() / scale);
-    if first > 0 && state.max.lt(max).any() {
-        grow::<S, T, LIN>(isa, exp, scale, (max, k, b, floor), state, linear);
-    }
-    (state.max, state.k, state.b) = (max, k, b);
-
+    let State { max, k, b, .. } = *state;
+    let (origin, floor) = (origin::<S, T>(isa, max), floor::<S, T>(isa, scale, max, b));
     let (mut rest, mut lin, mut t_rest, mut t_top) = ([zero; 4], [zero; 4], [zero; 4], [zero; 4]);
     let mut ties = [zero; 4];
     let mut c = 0;
@@ -375,7 +419,7 @@ fn reduce_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
             ties[u] = ties[u].add_where(top, one);
             if LIN {
                 let w = dense.load(isa, c + u, j);
-                lin[u] = lin[u].add_where(w.ne(zero), w * (finite - v));
+                lin[u] = lin[u].add_where(w.ne(zero), w * (origin - v));
                 t_rest[u] = t_rest[u].add_where(below, w);
                 t_top[u] = t_top[u].add_where(top, w);
                 linear.arg = Vf::<S, T>::select(top, splat::<S, T>(isa, (first + c + u) as f64), linear.arg);
@@ -392,13 +436,14 @@ fn reduce_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     }
 }
 
-/// Moves a state to a larger maximum (max, k, b, floor): what was the maximum joins the rest.
+/// Moves a state to a larger maximum: what was the maximum joins the rest.
 #[inline(always)]
 fn grow<S: Isa, T: Summand, const LIN: bool>(
     isa: S,
     exp: &Exp<Vf<S, T>>,
     scale: f64,
-    (max, k, b, floor): (Vf<S, T>, Vf<S, T>, Vf<S, T>, Vf<S, T>),
+    max: Vf<S, T>,
+    (k, b): (Vf<S, T>, Vf<S, T>),
     state: &mut State<S, T>,
     linear: &mut Linear<S, T>,
 ) {
@@ -422,7 +467,7 @@ fn grow<S: Isa, T: Summand, const LIN: bool>(
         by = T::load_wide(isa, Span::of(&factors), 0);
     }
     T::scale_columns(isa, &mut state.rest, by);
-    let old = exp.exp2(floor.max(state.max - b), k);
+    let old = exp.exp2(floor::<S, T>(isa, scale, max, b).max(state.max - b), k);
     T::add(isa, &mut state.rest, Vf::<S, T>::select(grew, state.ties * old, zero));
     state.ties = Vf::<S, T>::select(grew, zero, state.ties);
     if LIN {
@@ -465,11 +510,10 @@ pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, d
 #[inline(always)]
 pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile) {
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
-    let clamp = splat::<S, T>(isa, T::CLAMP.to_f64() / scale);
     let from = x.read();
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
         let b = T::load_wide(isa, Span::of(&tile.b), j);
-        let floor = (T::load_wide(isa, Span::of(&tile.max), j) - b) - clamp;
+        let floor = floor::<S, T>(isa, scale, T::load_wide(isa, Span::of(&tile.max), j), b);
         let k = T::load_wide(isa, Span::of(&tile.k), j);
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.slope), j) } else { a };

@@ -7,7 +7,7 @@
 use crate::array::{Span, SpanMut};
 use crate::simd::{Isa, Mask, Vector};
 
-use super::math::{Exp, log1p_over};
+use super::math::{Exp, log1p_inverse};
 use super::state::splat;
 
 /// Most rows in a tile.
@@ -85,8 +85,18 @@ impl Tile {
     }
 }
 
+/// What is the same for every row in the plain case: index targets, no weights but those of the call.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub struct Plain {
+    pub g: f64,
+    pub mass: f64,
+    pub mass_all: f64,
+}
+
 /// What finish is to know of the call.
 #[derive(Clone, Copy, Debug)]
+#[allow(clippy::struct_excessive_bools)]
 pub struct Terms {
     /// 1 / temperature.
     pub scale: f64,
@@ -96,10 +106,12 @@ pub struct Terms {
     pub entries: usize,
     /// Whether `lin`, `t_rest`, `t_top` of the tile hold a dense stream.
     pub dense: bool,
-    /// Whether there is a gradient: otherwise only `loss` and `lse` of a loss are filled.
+    /// Whether there is a gradient: otherwise only the loss is filled.
     pub gradient: bool,
     /// Whether the exponentials of the sparse targets are in the tile; otherwise they are computed from the logits.
     pub stored: bool,
+    /// Stands for `weight`, `g`, `mass` and `mass_all` of the tile.
+    pub plain: Option<Plain>,
     /// Whether there are targets at all: a transform needs only `log_sum`, `lse` and `a` = 1/(S·e(max)).
     pub loss: bool,
 }
@@ -111,6 +123,17 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
     let exp = Exp::<S::F64>::new(isa, terms.scale);
     let scale = splat::<S, f64>(isa, terms.scale);
     let step = S::F64::LANES;
+    // Two loops, each short enough for the processor to have several vectors in flight.
+    for r in (first..end).step_by(step) {
+        let max = Span::of(&tile.max).load(isa, r);
+        let ties = Span::of(&tile.ties).load(isa, r);
+        let b = Span::of(&tile.b).load(isa, r);
+        let origin = S::F64::select(max.abs().lt(infinity), max, b);
+        // 1/e(max) as an exponential of its own: it saves two divisions.
+        let over_max = exp.exp2(b - origin, -Span::of(&tile.k).load(isa, r));
+        SpanMut::of(&mut tile.a).store(isa, r, over_max);
+        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + Span::of(&tile.rest).load(isa, r) * over_max);
+    }
     let mut r = first;
     while r < end {
         let max = Span::of(&tile.max).load(isa, r);
@@ -118,23 +141,17 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         let k = Span::of(&tile.k).load(isa, r);
         let b = Span::of(&tile.b).load(isa, r);
         let rest = Span::of(&tile.rest).load(isa, r);
+        let (over_max, others) = (Span::of(&tile.a).load(isa, r), Span::of(&tile.lse).load(isa, r));
         let finite = max.abs().lt(infinity);
         let origin = S::F64::select(finite, max, b);
-        // 1/e(max) as an exponential of its own: it saves two divisions.
-        let over_max = exp.exp2(b - origin, -k);
-        let others = (ties - one) + rest * over_max;
         // A maximum of −inf or +inf makes the row NaN, and a NaN class came in through the rest.
         let valid = finite.and(rest.eq(rest));
-        let sum = one + others;
-        let p_max = one / sum;
-        let log_sum = log1p_over(isa, others, p_max);
+        let (log_sum, p_max) = log1p_inverse(isa, others);
         let bad = splat::<S, f64>(isa, f64::NAN);
         let lse = S::F64::select(finite, origin * scale + log_sum, max);
         let lse = S::F64::select(rest.eq(rest), lse, bad);
         let log_sum = S::F64::select(valid, log_sum, bad);
         let inverse = over_max * p_max;
-        SpanMut::of(&mut tile.lse).store(isa, r, lse);
-        SpanMut::of(&mut tile.log_sum).store(isa, r, log_sum);
         if terms.loss {
             let (mut lin, mut t_rest, mut t_top) = (zero, zero, zero);
             if terms.dense {
@@ -145,7 +162,10 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
             for entry in 0..terms.entries {
                 let at = entry * WIDTH + r;
                 let x = Span::of(&tile.x_target).load(isa, at);
-                let mass = Span::of(&tile.mass).load(isa, at);
+                let mass = match terms.plain {
+                    Some(plain) => splat::<S, f64>(isa, plain.mass),
+                    None => Span::of(&tile.mass).load(isa, at),
+                };
                 let is_top = x.eq(max);
                 t_top = t_top.add_where(is_top, mass);
                 t_rest = t_rest.add_where(x.ne(max), mass);
@@ -160,26 +180,38 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
                 extra = (z + z) * lse;
             }
             let pull = total + extra;
-            let weight = Span::of(&tile.weight).load(isa, r);
-            SpanMut::of(&mut tile.loss).store(isa, r, loss * weight);
+            if terms.plain.is_none() {
+                loss = loss * Span::of(&tile.weight).load(isa, r);
+            }
+            SpanMut::of(&mut tile.loss).store(isa, r, loss);
             if !terms.gradient {
                 r += step;
                 continue;
             }
-            let g = Span::of(&tile.g).load(isa, r) * scale;
+            let g = match terms.plain {
+                Some(plain) => splat::<S, f64>(isa, plain.g),
+                None => Span::of(&tile.g).load(isa, r),
+            } * scale;
             let factor = S::F64::select(valid, g * pull * inverse, bad);
             SpanMut::of(&mut tile.a).store(isa, r, factor);
-            SpanMut::of(&mut tile.slope).store(isa, r, g);
+            if terms.dense {
+                SpanMut::of(&mut tile.slope).store(isa, r, g);
+            }
             // Where the maximum has less than half the mass nothing cancels, and the sum of the others is the longer way.
             let sure = (t_rest - total * (others * p_max)) + extra * p_max;
             let top = g * S::F64::select(others.lt(one), sure, pull * p_max - t_top);
             let top = S::F64::select(valid, top, bad);
-            SpanMut::of(&mut tile.top).store(isa, r, top);
+            if terms.dense {
+                SpanMut::of(&mut tile.top).store(isa, r, top);
+            }
             let lone = ties.eq(one);
             for entry in 0..terms.entries {
                 let at = entry * WIDTH + r;
                 let x = Span::of(&tile.x_target).load(isa, at);
-                let mass = Span::of(&tile.mass_all).load(isa, at);
+                let mass = match terms.plain {
+                    Some(plain) => splat::<S, f64>(isa, plain.mass_all),
+                    None => Span::of(&tile.mass_all).load(isa, at),
+                };
                 let e = if terms.stored {
                     Span::of(&tile.e_target).load(isa, at)
                 } else {
@@ -190,6 +222,8 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
                 SpanMut::of(&mut tile.patch).store(isa, at, S::F64::select(x.eq(max).and(lone), top, other));
             }
         } else {
+            SpanMut::of(&mut tile.lse).store(isa, r, lse);
+            SpanMut::of(&mut tile.log_sum).store(isa, r, log_sum);
             SpanMut::of(&mut tile.a).store(isa, r, S::F64::select(valid, inverse, bad));
         }
         r += step;

@@ -348,31 +348,55 @@ where
 /// With 1 + r = 2^k·(1 + f), f in [sqrt(1/2) − 1, sqrt(2) − 1], and s = f/(2 + f): log(1 + f) = 2·atanh(s), and 2s = f − s·f.
 #[inline(always)]
 pub fn log1p<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> D {
-    let one = D::splat(isa, 1.0);
-    log1p_over(isa, r, one / (one + r))
+    let parts = Log1p::of(isa, r);
+    let (s, inverse) = (parts.f / (D::splat(isa, 2.0) + parts.f), D::splat(isa, 1.0) / parts.u);
+    parts.log(isa, r, s, inverse)
 }
 
-/// The same where `inverse` = 1/(1 + r) is at hand.
+/// The same with 1/(1 + r), for the price of one division: each may be two units in the last place off.
 #[inline(always)]
-pub fn log1p_over<D: Vector<Elem = f64>>(isa: D::Isa, r: D, inverse: D) -> D {
-    let (zero, one) = (D::splat(isa, 0.0), D::splat(isa, 1.0));
-    let u = one + r;
-    // What rounding 1 + r took off: the larger term leaves an exact difference. It adds lost/u to the logarithm.
-    let large = one.lt(r);
-    let lost = D::select(large, one, r) - (u - D::select(large, r, one));
-    let (m, k) = u.frexp();
-    // 1 + r < sqrt(2): r is f without any rounding.
-    let small = r.lt(D::splat(isa, core::f64::consts::SQRT_2 - 1.0));
-    let f = D::select(small, r, m - one);
-    let k = D::select(small, zero, k);
-    let lost = D::select(small, zero, lost * inverse);
-    let s = f / (D::splat(isa, 2.0) + f);
-    let z = s * s;
-    let tail = s * (f - z * polynomial(isa, &LOG, z));
-    let [ln2, ln2_rest] = f64::LN2;
-    let rest = f - (tail - k.mul_add(D::splat(isa, ln2_rest), lost));
-    let log = k.mul_add(D::splat(isa, ln2), rest);
-    D::select(r.lt(D::splat(isa, f64::INFINITY)), log, r)
+pub fn log1p_inverse<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> (D, D) {
+    let two = D::splat(isa, 2.0);
+    let parts = Log1p::of(isa, r);
+    let both = D::splat(isa, 1.0) / (parts.u * (two + parts.f));
+    let inverse = both * (two + parts.f);
+    (parts.log(isa, r, parts.f * (both * parts.u), inverse), inverse)
+}
+
+/// 1 + r = u = 2^k·(1 + f), and what rounding it took off.
+#[derive(Clone, Copy)]
+struct Log1p<D> {
+    u: D,
+    f: D,
+    k: D,
+    lost: D,
+}
+
+impl<D: Vector<Elem = f64>> Log1p<D> {
+    #[inline(always)]
+    fn of(isa: D::Isa, r: D) -> Self {
+        let (zero, one) = (D::splat(isa, 0.0), D::splat(isa, 1.0));
+        let u = one + r;
+        // The larger term leaves an exact difference.
+        let large = one.lt(r);
+        let lost = D::select(large, one, r) - (u - D::select(large, r, one));
+        let (m, k) = u.frexp();
+        // 1 + r < sqrt(2): r is f without any rounding.
+        let small = r.lt(D::splat(isa, core::f64::consts::SQRT_2 - 1.0));
+        Self { u, f: D::select(small, r, m - one), k: D::select(small, zero, k), lost: D::select(small, zero, lost) }
+    }
+
+    /// The logarithm, given s = f/(2 + f) and 1/u.
+    #[inline(always)]
+    fn log(self, isa: D::Isa, r: D, s: D, inverse: D) -> D {
+        let z = s * s;
+        let tail = s * (self.f - z * polynomial(isa, &LOG, z));
+        let [ln2, ln2_rest] = f64::LN2;
+        // What was lost adds lost/u.
+        let rest = self.f - (tail - self.k.mul_add(D::splat(isa, ln2_rest), self.lost * inverse));
+        let log = self.k.mul_add(D::splat(isa, ln2), rest);
+        D::select(r.lt(D::splat(isa, f64::INFINITY)), log, r)
+    }
 }
 
 /// `tanh(x)`: odd, ±1 for infinities, NaN for NaN.

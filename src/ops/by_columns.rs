@@ -2,9 +2,9 @@
 //!
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Array, Columns, ColumnsMut, DType, Element, Out, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::array::{Array, Columns, ColumnsMut, DType, Element, Offsets, Out, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Reduce};
-use crate::kernels::finish::{Terms, Tile, WIDTH, finish};
+use crate::kernels::finish::{Plain, Terms, Tile, WIDTH, finish};
 use crate::kernels::state::{Pair, Summand, Wide};
 use crate::simd::{Isa, Kernel, Vector};
 
@@ -16,6 +16,10 @@ use super::targets::NONE;
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
 const ROOM: usize = 16 << 10;
+
+/// Bytes of a result from which on its columns are written past the caches: each class is another stretch of memory, and reading the lines first
+/// takes longer than the computation.
+const STREAM: usize = 16 << 20;
 
 /// The most lanes of a vector: tiles are filled up to a multiple of it.
 const LANES: usize = 16;
@@ -51,19 +55,24 @@ impl<'j, 'a> Strip<'j, 'a> {
             && (self.kept.len() == 1 || rows.inner_stride(operand) == (count * size) as isize)
     }
 
-    /// Byte offsets of the rows of an operand, `shift` added; the last one is repeated up to `count`.
-    fn offsets<'o>(&self, operand: usize, shift: isize, count: usize, offsets: &'o mut Vec<isize>) -> &'o [isize] {
-        let rows = &self.job.rows;
-        offsets.clear();
+    /// The byte offset of the first row of an operand, `shift` added, and those of the rows from there; the last one is repeated up to `count`.
+    fn offsets<'o>(&self, operand: usize, shift: isize, count: usize, offsets: &'o mut Offsets) -> (isize, &'o Offsets) {
+        let (rows, kept) = (&self.job.rows, self.kept);
+        let base = rows.offset(operand, kept[0]) + shift;
         if self.run {
-            let (base, stride) = (rows.offset(operand, self.kept[0]) + shift, rows.inner_stride(operand));
-            offsets.extend((0..self.kept.len() as isize).map(|i| base + i * stride));
-        } else {
-            offsets.extend(self.kept.iter().map(|&row| rows.offset(operand, row) + shift));
+            return (base, offsets.run(rows.inner_stride(operand), kept.len(), count));
         }
-        let last = offsets[self.kept.len() - 1];
-        offsets.resize(count.max(self.kept.len()), last);
-        offsets
+        let last = kept.len() - 1;
+        (base, offsets.set((0..count.max(kept.len())).map(|i| rows.offset(operand, kept[i.min(last)]) + shift - base)))
+    }
+
+    /// The same as one long row if the rows are one run of memory, and the length of a row.
+    fn flat<'o>(&self, operand: usize, shift: isize, count: usize, size: usize, offsets: &'o mut Offsets) -> ((isize, &'o Offsets), usize) {
+        if self.adjacent(operand, count, size) {
+            ((self.job.rows.offset(operand, self.kept[0]), offsets.run(0, 1, 1)), self.kept.len() * count)
+        } else {
+            (self.offsets(operand, shift, 0, offsets), count)
+        }
     }
 
     /// Fills a tile with `count` classes from `first` on of an operand with elements `E`.
@@ -74,7 +83,7 @@ impl<'j, 'a> Strip<'j, 'a> {
         path: Path,
         (first, count): (usize, usize),
         (tile, stride): (&mut [T], usize),
-        offsets: &mut Vec<isize>,
+        offsets: &mut [Offsets; 2],
         flat: &mut Vec<T>,
     ) {
         let (job, n) = (self.job, self.kept.len());
@@ -84,7 +93,9 @@ impl<'j, 'a> Strip<'j, 'a> {
         match path {
             Path::Columns => {
                 let src = array.columns::<E>(job.rows.offset(operand, self.kept[0]) + first as isize * step, step, count, n);
-                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride)));
+                // The next strip, or the next block of this one.
+                let ahead = if count == job.classes.size { (n * size) as isize } else { BLOCK as isize * step };
+                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), ahead));
             }
             Path::Rows if count == 2 && self.adjacent(operand, count, size) => {
                 let src = array.span::<E>(job.rows.offset(operand, self.kept[0]), 2 * n);
@@ -97,16 +108,14 @@ impl<'j, 'a> Strip<'j, 'a> {
                 let tile = ColumnsMut::of(tile, stride, count, stride);
                 let tile = if backwards { tile.reversed() } else { tile };
                 if E::DTYPE == T::DTYPE {
-                    let src = array.rows::<T>(self.offsets(operand, shift, whole, offsets), count);
+                    let (base, rows) = self.offsets(operand, shift, whole, &mut offsets[0]);
+                    let src = array.rows::<T>(base, rows, count);
                     job.level.run(Move::<T, T>::RowsIn(src, tile));
                 } else {
                     let flat = room(flat, whole * count);
-                    self.offsets(operand, shift, 0, offsets);
-                    let runs = if self.adjacent(operand, count, size) { &offsets[..1] } else { &offsets[..] };
-                    job.level.run(Move::<E, T>::Widen(array.rows(runs, n * count / runs.len()), SpanMut::of(flat)));
-                    offsets.clear();
-                    offsets.extend((0..whole).map(|i| (i.min(n - 1) * count * size_of::<T>()) as isize));
-                    let src = RowsMut::of(flat, offsets, count).read();
+                    let (rows, len) = self.flat(operand, shift, count, size, &mut offsets[0]);
+                    job.level.run(Move::<E, T>::Widen(array.rows(rows.0, rows.1, len), SpanMut::of(flat)));
+                    let src = RowsMut::of(flat, offsets[1].run((count * size_of::<T>()) as isize, n, whole), count).read();
                     job.level.run(Move::<T, T>::RowsIn(src, tile));
                 }
             }
@@ -128,7 +137,7 @@ impl<'j, 'a> Strip<'j, 'a> {
         out: &Out,
         (first, count): (usize, usize),
         (tile, stride): (&[T], usize),
-        offsets: &mut Vec<isize>,
+        offsets: &mut [Offsets; 2],
         flat: &mut Vec<T>,
     ) {
         let (job, n) = (self.job, self.kept.len());
@@ -138,7 +147,9 @@ impl<'j, 'a> Strip<'j, 'a> {
         match self.path(job.tile_write) {
             Path::Columns => {
                 let dst = out.columns::<E>(job.rows.offset(OUT, self.kept[0]) + first as isize * step, step, count, n);
-                job.level.run(Move::Out(source, dst));
+                // In place the lines are in the cache already.
+                let stream = !job.in_place && job.rows.size * job.classes.size * size >= STREAM;
+                job.level.run(Move::Out(source, dst, stream));
             }
             Path::Rows if count == 2 && self.adjacent(OUT, count, size) => {
                 let dst = out.span::<E>(job.rows.offset(OUT, self.kept[0]), 2 * n);
@@ -149,16 +160,15 @@ impl<'j, 'a> Strip<'j, 'a> {
                 let shift = (if backwards { first + count - 1 } else { first }) as isize * step;
                 let source = if backwards { source.reversed() } else { source };
                 if E::DTYPE == T::DTYPE {
-                    let dst = out.rows::<T>(self.offsets(OUT, shift, 0, offsets), count);
+                    let (base, rows) = self.offsets(OUT, shift, 0, &mut offsets[0]);
+                    let dst = out.rows::<T>(base, rows, count);
                     job.level.run(Move::<T, T>::RowsOut(source, dst));
                 } else {
                     let flat = room(flat, n * count);
-                    offsets.clear();
-                    offsets.extend((0..n).map(|i| (i * count * size_of::<T>()) as isize));
-                    job.level.run(Move::<T, T>::RowsOut(source, RowsMut::of(flat, offsets, count)));
-                    self.offsets(OUT, shift, 0, offsets);
-                    let runs = if self.adjacent(OUT, count, size) { &offsets[..1] } else { &offsets[..] };
-                    job.level.run(Move::<E, T>::Narrow(Span::of(flat), out.rows(runs, n * count / runs.len())));
+                    let rows = offsets[1].run((count * size_of::<T>()) as isize, n, n);
+                    job.level.run(Move::<T, T>::RowsOut(source, RowsMut::of(flat, rows, count)));
+                    let (rows, len) = self.flat(OUT, shift, count, size, &mut offsets[0]);
+                    job.level.run(Move::<E, T>::Narrow(Span::of(flat), out.rows(rows.0, rows.1, len)));
                 }
             }
             Path::Gathered => {
@@ -184,8 +194,8 @@ impl<'j, 'a> Strip<'j, 'a> {
 /// Ways into a tile and out of it.
 enum Move<'s, E, T> {
     /// Adjacent rows.
-    In(Columns<'s, E>, ColumnsMut<'s, T>),
-    Out(Columns<'s, T>, ColumnsMut<'s, E>),
+    In(Columns<'s, E>, ColumnsMut<'s, T>, isize),
+    Out(Columns<'s, T>, ColumnsMut<'s, E>, bool),
     /// Adjacent rows of two adjacent classes.
     PairsIn(Span<'s, E>, ColumnsMut<'s, T>),
     PairsOut(Columns<'s, T>, SpanMut<'s, E>),
@@ -202,8 +212,8 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Move<'_, E, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         match self {
-            Self::In(src, tile) => columns::copy_in(isa, src, tile),
-            Self::Out(tile, dst) => columns::copy_out(isa, tile, dst),
+            Self::In(src, tile, ahead) => columns::copy_in(isa, src, tile, ahead),
+            Self::Out(tile, dst, stream) => columns::copy_out(isa, tile, dst, stream),
             Self::PairsIn(src, tile) => columns::deinterleave_in(isa, src, tile),
             Self::PairsOut(tile, dst) => columns::interleave_out(isa, tile, dst),
             Self::RowsIn(src, tile) => columns::transpose_in(isa, src, tile),
@@ -327,7 +337,7 @@ struct Operands<'s, 'j, 'a, E, T> {
     scaled: bool,
     keep: &'s [T],
     spread: &'s [T],
-    offsets: &'s mut Vec<isize>,
+    offsets: &'s mut [Offsets; 2],
     flat: &'s mut Vec<T>,
     element: core::marker::PhantomData<E>,
 }
@@ -375,7 +385,7 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     let mut sum = Pair::default();
     let mut kept = [0; WIDTH];
     // Whole vectors of any level.
-    let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, WIDTH);
+    let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, 128);
     let width = if job.classes.size > BLOCK { WIDTH } else { width };
     let mut row = first;
     while row < last {
@@ -386,7 +396,11 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
             let run = width.min(last - row).min(inner - row % inner);
             (kept[..run]).iter_mut().zip(row..).for_each(|(kept, row)| *kept = row);
             row += run;
-            n = if (start..row).any(|row| job.kept(row)) { run } else { 0 };
+            n = if job.weights.all || (start..row).any(|row| job.kept(row)) { run } else { 0 };
+        } else if job.weights.all {
+            n = width.min(last - row);
+            (kept[..n]).iter_mut().zip(row..).for_each(|(kept, row)| *kept = row);
+            row += n;
         } else {
             while row < last && n < width {
                 kept[n] = row;
@@ -397,7 +411,9 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
         if n > 0 {
             sum.merge(strip::<E, T>(&Strip::new(job, &kept[..n]), width, scratch));
         }
-        ignored(job, start, row, &kept[..n]);
+        if row - start > n {
+            ignored(job, start, row, &kept[..n]);
+        }
     }
     sum
 }
@@ -447,33 +463,48 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let dense = room(dense, if own { depth * stride } else { 0 });
     let mut operands =
         Operands::<E, T> { strip, stride, scaled, keep, spread, offsets: &mut offsets, flat, element: core::marker::PhantomData };
-    prepare(strip, tile);
+    let plain = prepare(strip, tile);
     if few {
         operands.x(strip, x, (0, classes));
         if own {
             operands.dense(strip, dense, (0, classes));
         }
     }
-    targets(strip, |slot, j, class| {
-        let logit = if few {
-            x[class * stride + slot].to_f64()
-        } else {
-            job.x.get::<f64>(job.rows.offset(X, kept[slot]) + job.classes.offset(X, class))
-        };
-        tile.x_target[j * WIDTH + slot] = logit;
-    });
+    // Where the only target of each row stands in the tile. What is left out gets the target 0, and results that are overwritten.
+    let mut index = [0; WIDTH];
+    let indexed = few && job.kind == Kind::Loss && job.terms.entries == 1 && classes > 0;
+    if let Some(labels) = &job.labels
+        && indexed
+    {
+        for (slot, (at, &row)) in index.iter_mut().zip(kept).enumerate() {
+            *at = labels.class[row].max(0) as usize * stride + slot;
+            tile.x_target[slot] = x[*at].to_f64();
+        }
+    } else {
+        targets(strip, |slot, j, class| {
+            let logit = if few {
+                x[class * stride + slot].to_f64()
+            } else {
+                job.x.get::<f64>(job.rows.offset(X, kept[slot]) + job.classes.offset(X, class))
+            };
+            tile.x_target[j * WIDTH + slot] = logit;
+        });
+    }
+    let index = if indexed { &index[..n] } else { &[][..] };
     // With few classes the exponentials stay in the tile; with many they are computed again, block by block.
     let stored = few && job.out.is_some() && job.kind != Kind::LogSoftmax;
-    let terms = Terms { stored, ..job.terms };
+    let terms = Terms { stored, plain, ..job.terms };
     let (scale, linear) = (terms.scale, (job.kind == Kind::Loss && terms.dense, own));
     let blocks = &mut operands;
     job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks }, tile));
-    if stored {
+    if stored && indexed {
+        tile.e_target.iter_mut().zip(index).for_each(|(e, &at)| *e = x[at].to_f64());
+    } else if stored {
         targets(strip, |slot, j, class| tile.e_target[j * WIDTH + slot] = x[class * stride + slot].to_f64());
     }
     job.level.run(Finish { terms: &terms, tile, rows: n, single: T::DTYPE == DType::F32 });
     // Only adjacent rows are in a strip without being kept.
-    let left_out = job.kind == Kind::Loss && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row));
+    let left_out = !job.weights.all && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row));
     if left_out || classes == 0 && job.kind == Kind::Loss {
         // The sum over no classes is 0, and what is left out counts nothing.
         (0..n).filter(|&slot| classes == 0 || !job.kept(kept[slot])).for_each(|slot| tile.loss[slot] = 0.0);
@@ -505,7 +536,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
                 (0..n).for_each(|slot| unbend(job, kept[slot], first, &mut x[slot..], count, stride));
             }
             if job.kind == Kind::Loss {
-                patch(strip, tile, &mut x[..], stride, (first, count));
+                patch(strip, tile, &mut x[..], stride, index, (first, count));
             }
             if left_out {
                 for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
@@ -534,7 +565,7 @@ fn targets(strip: &Strip, mut with: impl FnMut(usize, usize, usize)) {
 }
 
 /// The exact values at a lone maximum and at the sparse targets.
-fn patch<T: Work>(strip: &Strip, tile: &Tile, x: &mut [T], stride: usize, (first, count): (usize, usize)) {
+fn patch<T: Work>(strip: &Strip, tile: &Tile, x: &mut [T], stride: usize, index: &[usize], (first, count): (usize, usize)) {
     if strip.job.terms.dense {
         for slot in (0..strip.kept.len()).filter(|&slot| tile.ties[slot] == 1.0) {
             let class = (tile.arg[slot] as usize).wrapping_sub(first);
@@ -542,6 +573,9 @@ fn patch<T: Work>(strip: &Strip, tile: &Tile, x: &mut [T], stride: usize, (first
                 x[class * stride + slot] = T::from_f64(tile.top[slot]);
             }
         }
+    }
+    if !index.is_empty() {
+        return index.iter().zip(&tile.patch).for_each(|(&at, &value)| x[at] = T::from_f64(value));
     }
     targets(strip, |slot, j, class| {
         let class = class.wrapping_sub(first);
@@ -551,13 +585,17 @@ fn patch<T: Work>(strip: &Strip, tile: &Tile, x: &mut [T], stride: usize, (first
     });
 }
 
-/// Fills the inputs of `finish` that do not depend on the logits.
-fn prepare(strip: &Strip, tile: &mut Tile) {
+/// Fills the inputs of `finish` that do not depend on the logits, unless they are the same for every row.
+fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
     let Strip { job, kept, .. } = *strip;
     let (n, entries) = (kept.len(), job.terms.entries);
     tile.reserve(entries);
     if job.kind != Kind::Loss {
-        return;
+        return None;
+    }
+    let single = job.labels.as_ref().is_none_or(|labels| entries == 1 && labels.share.is_empty());
+    if single && job.weight.is_empty() && job.bend.mask.is_none() && !job.weights.sampled() && job.upstream.is_none() {
+        return Some(Plain { g: job.g, mass: job.keep, mass_all: job.keep + job.spread });
     }
     tile.weight[..n].fill(1.0);
     tile.g[..n].fill(job.g);
@@ -572,13 +610,7 @@ fn prepare(strip: &Strip, tile: &mut Tile) {
         strip.runs(UPSTREAM, |offset, stride, slot, n| upstream.read(offset, stride, n, &mut values[slot..], 1));
         tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
     }
-    let Some(labels) = &job.labels else { return };
-    if entries == 1 && labels.share.is_empty() && job.weight.is_empty() && job.bend.mask.is_none() {
-        tile.mass[..n].fill(job.keep);
-        tile.mass_all[..n].fill(job.keep + job.spread);
-        tile.x_target[..n].fill(0.0);
-        return;
-    }
+    let Some(labels) = &job.labels else { return None };
     for (slot, &row) in kept.iter().enumerate() {
         for j in 0..entries {
             tile.mass[j * WIDTH + slot] = 0.0;
@@ -597,4 +629,5 @@ fn prepare(strip: &Strip, tile: &mut Tile) {
             tile.mass_all[j * WIDTH + slot] = all + spread * w;
         }
     }
+    None
 }

@@ -1,12 +1,12 @@
 //! Tasks whose vectors run along the classes: the kernels of [`crate::kernels::rows`].
 
-use crate::array::{Array, Element, Out, Span, SpanMut};
+use crate::array::{Element, Out, Span, SpanMut};
 use crate::kernels::finish::{Tile, WIDTH, finish};
 use crate::kernels::rows::{self, Beside, Direct, Gathered, Known, Row, Setup, Source, Stream, Wanted};
 use crate::kernels::state::{Reference, State};
 use crate::simd::Isa;
 
-use super::job::{Job, Kind, OUT, X, prepare};
+use super::job::{Job, Kind, OUT, Stores, X, prepare};
 use super::plan::Path;
 use super::scratch::{Buffers, Scratch, Work, room};
 use super::source::{dense_row, gather_logits, scatter, shared_stream, unbend, unbend_patches};
@@ -28,18 +28,16 @@ enum Way {
 }
 
 fn way<T: Element, E: Element>(job: &Job) -> Way {
-    let Some(out) = job.out.filter(|_| job.read == Path::Rows && job.write == Path::Rows) else { return Way::Other };
+    if job.out.is_none() || job.read != Path::Rows || job.write != Path::Rows {
+        return Way::Other;
+    }
     if job.kind == Kind::LogSoftmax {
         Way::Logs
-    } else if E::DTYPE == T::DTYPE && !(job.past && job.recompute && !same(job.x, out)) {
+    } else if E::DTYPE == T::DTYPE && job.stores != Stores::PastAnew {
         Way::Stored
     } else {
         Way::Anew
     }
-}
-
-fn same(x: &Array, out: &Out) -> bool {
-    x.ptr == out.array().ptr
 }
 
 /// A row that was read and is to be written, a block at a time.
@@ -163,7 +161,7 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
                 out: out.span::<E>(to, classes),
                 e: dst,
                 references: own,
-                past: job.past,
+                past: job.stores != Stores::Cached,
             });
         }
     }
@@ -186,7 +184,7 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
 
 #[inline(always)]
 fn fence<S: Isa>(isa: S, job: &Job) {
-    if job.past {
+    if job.stores != Stores::Cached {
         isa.fence();
     }
 }
@@ -285,7 +283,7 @@ fn emit_row<S: Isa, E: Element<Acc = T>, T: Work>(
                 out: out.span::<E>(to, classes),
                 e,
                 references: references.get(first..).unwrap_or_default(),
-                past: job.past,
+                past: job.stores != Stores::Cached,
             };
             pending.emit(index, t);
             continue;

@@ -68,6 +68,7 @@ pub fn cross_entropy(
         dense: probs.is_some() || e > 0.0,
         gradient: grad.is_some(),
         stored: false,
+        plain: None,
         loss: true,
     };
     job.labels = labels;

@@ -25,6 +25,17 @@ pub(super) const TASK: usize = 1 << 15;
 /// Rows of so many bytes do not stay in the first cache in any number.
 const GROUP_FROM: usize = 1 << 14;
 
+/// Where results go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stores {
+    /// To the caches.
+    Cached,
+    /// Past the caches, where nothing has to be read back.
+    Past,
+    /// Past the caches; exponentials are computed again rather than kept in the result.
+    PastAnew,
+}
+
 /// What is computed of every row.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -63,6 +74,8 @@ pub(super) struct Job<'a> {
     pub(super) tile_read: Path,
     pub(super) tile_write: Path,
     pub(super) tile_probs: Path,
+    /// Whether results replace the logits.
+    pub(super) in_place: bool,
     pub(super) labels: Option<Labels>,
     pub(super) weights: RowWeights,
     pub(super) bend: Bend<'a>,
@@ -77,10 +90,7 @@ pub(super) struct Job<'a> {
     pub(super) terms: Terms,
     /// A function of the shape alone.
     pub(super) rows_per_task: usize,
-    /// Whether results are written past the caches.
-    pub(super) past: bool,
-    /// Whether exponentials are then computed again rather than kept.
-    pub(super) recompute: bool,
+    pub(super) stores: Stores,
 }
 
 impl<'a> Job<'a> {
@@ -161,7 +171,16 @@ impl<'a> Job<'a> {
         let tile_probs = probs.map_or(tile_read, |probs| tile_path(probs, PROBS));
         // Written past the caches what would only push out what is yet to be read; not in place, where the lines are at hand.
         let bytes = x.size() * x.dtype().size();
-        let past = out.is_some_and(|out| out.array().ptr != x.ptr) && 2 * bytes >= tunables().stream_from;
+        let stores = match out {
+            Some(out) if out.array().ptr != x.ptr && 2 * bytes >= tunables().stream_from => {
+                if tunables().recompute != 0 {
+                    Stores::PastAnew
+                } else {
+                    Stores::Past
+                }
+            }
+            _ => Stores::Cached,
+        };
         let per_row = TASK / classes.size.max(1);
         let rows_per_task = if per_row >= WIDTH { per_row / WIDTH * WIDTH } else { per_row.max(1) };
         let rows_per_task = if by_rows { rows_per_task } else { rows_per_task.max(WIDTH) };
@@ -182,8 +201,9 @@ impl<'a> Job<'a> {
             tile_read,
             tile_write,
             tile_probs,
+            in_place: out.is_some_and(|out| out.array().starts_as(x)),
             labels: None,
-            weights: RowWeights::default(),
+            weights: RowWeights { all: true, ..RowWeights::default() },
             weight: Vec::new(),
             keep: 1.0,
             spread: 0.0,
@@ -195,11 +215,11 @@ impl<'a> Job<'a> {
                 dense: false,
                 gradient: out.is_some(),
                 stored: false,
+                plain: None,
                 loss: kind == Kind::Loss,
             },
             rows_per_task,
-            past,
-            recompute: tunables().recompute != 0,
+            stores,
         })
     }
 

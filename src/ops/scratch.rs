@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use crate::array::{Float, FromNumber};
+use crate::array::{Float, FromNumber, Offsets};
 use crate::kernels::finish::Tile;
 use crate::kernels::state::{Reference, Summand};
 
@@ -13,8 +13,8 @@ pub(super) struct Scratch {
     pub(super) single: Buffers<f32>,
     pub(super) double: Buffers<f64>,
     pub(super) references: Vec<Reference>,
-    /// Where the rows of a tile begin.
-    pub(super) offsets: Vec<isize>,
+    /// Where the rows of a tile begin, in the arrays and in scratch.
+    pub(super) offsets: [Offsets; 2],
 }
 
 #[derive(Default)]

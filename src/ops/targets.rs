@@ -1,7 +1,10 @@
 //! Class indices: read once, checked, and used from the copy, so that another thread that changes them meanwhile can do no harm.
 
+use std::cell::Cell;
+
 use crate::array::{Array, Dims};
 use crate::kernels::state::Pair;
+use crate::simd::{Isa, Kernel, Level};
 
 use super::api::{Error, LossOptions, Target};
 use super::plan::Axes;
@@ -28,6 +31,31 @@ pub fn filled<T: Copy>(value: T, len: usize) -> Result<Vec<T>, Error> {
     values.try_reserve_exact(len).map_err(|_| Error::OutOfMemory)?;
     values.resize(len, value);
     Ok(values)
+}
+
+thread_local! {
+    /// The class indices of the call before: large results of the allocator are fresh pages each time.
+    static SPARE: Cell<Vec<i64>> = const { Cell::new(Vec::new()) };
+}
+
+/// Most class indices that are kept for the next call.
+const SPARE_MOST: usize = 1 << 20;
+
+/// `n` entries without a class.
+fn entries(n: usize) -> Result<Vec<i64>, Error> {
+    let mut class = SPARE.take();
+    class.clear();
+    class.try_reserve_exact(n).map_err(|_| Error::OutOfMemory)?;
+    class.resize(n, NONE);
+    Ok(class)
+}
+
+impl Drop for Labels {
+    fn drop(&mut self) {
+        if self.class.capacity() <= SPARE_MOST {
+            SPARE.set(core::mem::take(&mut self.class));
+        }
+    }
 }
 
 /// Reads values of shape (rows, inner) in C order.
@@ -73,7 +101,8 @@ pub(super) fn classes(
             }
             let from = offset + i as isize * stride;
             let dst = &mut out[(start + i) * step + first..];
-            if let Some(bad) = array.read_classes(from, stride, some, classes, ignore, NONE, dst, step) {
+            // Integers are the same on every level.
+            if let Some(bad) = Level::best().run(Read { array, run: (from, stride, some), classes, ignore, dst, step }) {
                 let value = array.get(from + bad as isize * stride);
                 failure = Some(Error::TargetOutOfBounds { argument, position: start + i + bad, value });
             }
@@ -81,6 +110,25 @@ pub(super) fn classes(
         }
     });
     failure.map_or(Ok(()), Err)
+}
+
+/// A run of class indices, as a kernel.
+struct Read<'s, 'a> {
+    array: &'s Array<'a>,
+    run: (isize, isize, usize),
+    classes: usize,
+    ignore: Option<i64>,
+    dst: &'s mut [i64],
+    step: usize,
+}
+
+impl Kernel for Read<'_, '_> {
+    type Output = Option<usize>;
+    #[inline(always)]
+    fn run<S: Isa>(self, _isa: S) -> Option<usize> {
+        let (offset, stride, n) = self.run;
+        self.array.read_classes(offset, stride, n, self.classes, self.ignore, NONE, self.dst, self.step)
+    }
 }
 
 impl Labels {
@@ -94,12 +142,12 @@ impl Labels {
         Ok(Some(match target {
             Target::Probs(_) => return Ok(None),
             Target::Index(array) => {
-                let mut class = filled(NONE, rows)?;
+                let mut class = entries(rows)?;
                 classes("target", array, classes_len, ignore, (&sample, 1), &mut class, 1, 0)?;
                 Self { entries: 1, class, share: Vec::new(), partial: false }
             }
             Target::Mixup { a, b, lam } => {
-                let mut class = filled(NONE, rows.checked_mul(2).ok_or(Error::OutOfMemory)?)?;
+                let mut class = entries(rows.checked_mul(2).ok_or(Error::OutOfMemory)?)?;
                 classes("y_a", a, classes_len, ignore, (&sample, 1), &mut class, 2, 0)?;
                 classes("y_b", b, classes_len, ignore, (&sample, 1), &mut class, 2, 1)?;
                 let lam = read_all(lam)?;
@@ -115,7 +163,7 @@ impl Labels {
             }
             Target::Sparse { indices, probs } => {
                 let entries = indices.shape().last().copied().unwrap_or(0);
-                let mut class = filled(NONE, entries.checked_mul(rows).ok_or(Error::OutOfMemory)?)?;
+                let mut class = self::entries(entries.checked_mul(rows).ok_or(Error::OutOfMemory)?)?;
                 classes("indices", indices, classes_len, None, (&sample, entries), &mut class, 1, 0)?;
                 Self { entries, class, share: read_all(probs)?, partial: false }
             }
@@ -147,6 +195,8 @@ pub struct RowWeights {
     pub divisor: f64,
     /// Whether any row is kept.
     pub any: bool,
+    /// Whether every row is.
+    pub all: bool,
 }
 
 impl RowWeights {
@@ -156,10 +206,11 @@ impl RowWeights {
         if let Some(position) = sample.iter().position(|&s| s.is_nan() || s < 0.0) {
             return Err(Error::BadValue { argument: "sample_weight", position, value: sample[position] });
         }
-        let mut this = Self { sample, divisor: 0.0, any: false };
+        let mut this = Self { sample, divisor: 0.0, any: false, all: false };
         if weight.is_empty() && this.sample.is_empty() && (labels.is_none() || sparse) {
             this.divisor = rows as f64;
             this.any = rows > 0;
+            this.all = true;
         } else if let Some(labels) = labels
             && weight.is_empty()
             && this.sample.is_empty()
@@ -168,8 +219,9 @@ impl RowWeights {
             let kept = labels.class.iter().filter(|&&class| class != NONE).count();
             this.divisor = kept as f64;
             this.any = kept > 0;
+            this.all = kept == rows;
         } else {
-            let (mut sum, mut any) = (Pair::default(), false);
+            let (mut sum, mut kept) = (Pair::default(), 0);
             for row in (0..rows).filter(|&row| this.kept(labels, row)) {
                 let w = match labels {
                     Some(labels) if !sparse => {
@@ -178,10 +230,11 @@ impl RowWeights {
                     _ => 1.0,
                 };
                 sum.add(w * this.sample_weight(row));
-                any = true;
+                kept += 1;
             }
             this.divisor = sum.value();
-            this.any = any;
+            this.any = kept > 0;
+            this.all = kept == rows;
         }
         if let Some(normalizer) = options.normalizer {
             this.divisor = normalizer;

@@ -203,6 +203,9 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// # Safety
     /// `dst` is valid for writes of `F32::LANES` `u16`.
     unsafe fn store_bf16(self, v: Self::F32, dst: *mut u16);
+    /// Asks for the cache line at an address, which need not be valid.
+    #[inline(always)]
+    fn prefetch(self, _at: *const u8) {}
     /// Orders the stores of [`Vector::stream`] before later ones; called once after a run of them, before the data is handed on.
     #[inline(always)]
     fn fence(self) {}

@@ -204,14 +204,14 @@ macro_rules! vector {
             unsafe fn load4(_isa: Scalar, base: *const u8, offsets: *const isize) -> [Self; 4] {
                 // SAFETY: the caller promises one offset and four readable elements there.
                 unsafe {
-                    let row = base.offset(offsets.read()).cast::<$elem>();
-                    [0, 1, 2, 3].map(|c| Self(row.add(c).read_unaligned()))
+                    let [a, b, c, d] = base.wrapping_offset(offsets.read()).cast::<[$elem; 4]>().read_unaligned();
+                    [Self(a), Self(b), Self(c), Self(d)]
                 }
             }
             #[inline(always)]
             unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize) {
                 // SAFETY: the caller promises one offset and four writable elements there.
-                unsafe { base.offset(offsets.read()).cast::<[$elem; 4]>().write_unaligned(v.map(|x| x.0)) }
+                unsafe { base.wrapping_offset(offsets.read()).cast::<[$elem; 4]>().write_unaligned(v.map(|x| x.0)) }
             }
             #[inline(always)]
             fn deinterleave(self, rhs: Self) -> (Self, Self) {

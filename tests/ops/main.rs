@@ -11,7 +11,7 @@ mod tensor;
 use std::io::Write;
 use std::sync::Once;
 
-use crossent::array::DType;
+use crossent::array::{Array, DType};
 use crossent::ops::{self, Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
 use crossent::simd::Level;
 use oracle::Row;
@@ -1173,6 +1173,60 @@ fn a_row_does_not_depend_on_its_neighbours() {
                         let expected = gradients[r * classes + c];
                         assert!(same(gradient[c], expected), "gradient {c} alone {:e}, in company {expected:e}: {context}", gradient[c]);
                         assert!(same(gradients_back[(n - 1 - r) * classes + c], expected), "gradient {c}, order of the rows: {context}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The bits of a row are those of its logits, the number of classes and the layout of the class axis alone.
+#[test]
+fn a_row_alone_is_the_row_of_the_batch() {
+    for level in levels() {
+        let exec = Exec { level, threads: 1 };
+        for dtype in FLOATS {
+            for classes in [1usize, 2, 3, 5, 16, 64, 65, 200, 600] {
+                for n in [3usize, 37, 150] {
+                    for layout in READABLE {
+                        let mut random = Random((classes * n) as u64);
+                        let shape = [n, classes];
+                        let values: Vec<f64> = (0..n).flat_map(|_| random.row(dtype, classes)).collect();
+                        let x = Tensor::floats(dtype, layout, &shape, &values);
+                        let labels: Vec<i128> = (0..n).map(|r| if r % 5 == 2 { -100 } else { random.below(classes) as i128 }).collect();
+                        let y = Tensor::ints(DType::I64, Layout::C, &[n], &labels);
+                        let out_layout = WRITABLE[random.below(WRITABLE.len())];
+                        let run = |x: &Array, y: &Array, n: usize, smoothing: f64| {
+                            let shape = [n, classes];
+                            let mut rows = Tensor::empty(dtype.row_dtype(), Layout::C, &[n]);
+                            let [mut gradient, mut p, mut lp] = [0; 3].map(|_| Tensor::empty(dtype, out_layout, &shape));
+                            let options = LossOptions { label_smoothing: smoothing, reduction: Reduction::None, ..LossOptions::default() };
+                            {
+                                let out = rows.out();
+                                let grad = Grad { out: gradient.out(), grad_output: GradOutput::Scalar(0.7) };
+                                ops::cross_entropy(&exec, x, 1, &Target::Index(y.clone()), &options, Some(&out), Some(&grad)).unwrap();
+                            }
+                            ops::softmax(&exec, x, &[1], &p.out()).unwrap();
+                            ops::log_softmax(&exec, x, &[1], &lp.out()).unwrap();
+                            [rows.values(), gradient.values(), p.values(), lp.values()]
+                        };
+                        let smoothing = [0.0, 0.1][random.below(2)];
+                        let batch = run(&x.array(), &y.array(), n, smoothing);
+                        for r in [0, 1, n / 2, n - 1] {
+                            let alone = run(&x.part(r, 1), &y.part(r, 1), 1, smoothing);
+                            for (name, (alone, batch)) in
+                                ["loss", "gradient", "softmax", "log_softmax"].iter().zip(alone.iter().zip(&batch))
+                            {
+                                let width = alone.len();
+                                for (c, (a, b)) in alone.iter().zip(&batch[r * width..]).enumerate() {
+                                    let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                                    assert!(
+                                        same,
+                                        "{name} {c} of row {r}: alone {a:e}, in company {b:e}: {dtype:?} {layout:?} {shape:?} {level:?}"
+                                    );
+                                }
+                            }
+                        }
                     }
                 }
             }

@@ -164,6 +164,16 @@ impl Tensor {
         unsafe { Array::new(self.bytes().as_ptr().add(self.start), self.dtype, self.swapped, &self.shape, &self.strides) }
     }
 
+    /// `n` entries of the first axis, from `start` on.
+    pub fn part(&self, start: usize, n: usize) -> Array<'_> {
+        assert!(start + n <= self.shape[0]);
+        let mut shape = self.shape.clone();
+        shape[0] = n;
+        let offset = self.start as isize + start as isize * self.strides[0];
+        // SAFETY: fewer of the elements of `array`.
+        unsafe { Array::new(self.bytes().as_ptr().offset(offset), self.dtype, self.swapped, &shape, &self.strides) }
+    }
+
     /// The same memory with an axis of length `len` and stride 0 put before `axis`.
     pub fn broadcast(&self, axis: usize, len: usize) -> Array<'_> {
         let (mut shape, mut strides) = (self.shape.clone(), self.strides.clone());
