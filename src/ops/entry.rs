@@ -85,7 +85,7 @@ pub fn cross_entropy(
 /// Asks for the scratch memory that grows with the arguments (classes that a smoothing stream names, classes per sparse row) and gives it back,
 /// so that sizes out of all proportion are an error before anything is written.
 fn afford(exec: &Exec, job: &Job) -> Result<(), Error> {
-    const LARGE: usize = 1 << 16;
+    const LARGE: usize = 1 << 12;
     let stream = if job.terms.dense && !job.own_dense() { job.classes.size } else { 0 };
     let per_thread = job.terms.entries.checked_mul(4 * WIDTH).and_then(|entries| entries.checked_add(stream));
     let all = per_thread.and_then(|one| one.checked_mul(exec.threads)).ok_or(Error::OutOfMemory)?;
