@@ -16,7 +16,7 @@ use crate::array::{Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
 use super::math::{Real, polynomial};
-use super::rows::BLOCK;
+use super::scan::BLOCK;
 use super::scan::{Constants, Lanes, Raised, Softmax, ln_1p, stretch};
 use super::state::{Pair, Summand, Wide, exp_f64, splat};
 

@@ -27,7 +27,7 @@
 // The literals are what `tools/minimax.py` prints and compares, also where one of them rounds to a known constant.
 #![allow(clippy::approx_constant)]
 
-use crate::array::{Element, Float};
+use crate::array::{DType, Element, Float};
 use crate::simd::Vector;
 
 /// The part of 1/ln 2 = log2 e that a float64 holds, and the rest. `tools/minimax.py`.
@@ -204,9 +204,9 @@ pub(super) fn polynomial<V: Vector>(isa: V::Isa, c: &'static [V::Elem], x: V) ->
     sum
 }
 
-/// `2^r` for `|r|` up to half a step of `1/2^STEPS` and a little.
+/// `(2^r − 1)/r` for `|r|` up to half a step of `1/2^STEPS` and a little.
 #[inline(always)]
-fn pow2<V: Vector>(isa: V::Isa, r: V, steps: u32) -> V
+fn pow2_slope<V: Vector>(isa: V::Isa, r: V, steps: u32) -> V
 where
     V::Elem: Real,
 {
@@ -215,7 +215,7 @@ where
         3 => V::Elem::EXP2_8,
         _ => V::Elem::EXP2,
     };
-    r.mul_add(polynomial(isa, c, r), V::splat(isa, V::Elem::ONE))
+    polynomial(isa, c, r)
 }
 
 /// Exponentials relative to an integral power of two.
@@ -272,7 +272,7 @@ where
 
     #[inline(always)]
     fn pow2(self, r: V) -> V {
-        pow2(self.isa, r, 0)
+        r.mul_add(pow2_slope(self.isa, r, 0), V::splat(self.isa, V::Elem::ONE))
     }
 
     /// The quick exponentials of many x that are not far above one maximum, see [`Anchored`].
@@ -314,7 +314,13 @@ where
         let t = x.mul_add(self.hi, self.magic);
         let n = t - self.magic;
         let r = x.mul_add(self.lo, x.mul_sub(self.hi, n));
-        (pow2(self.isa, r, V::STEPS), t.power(self.octave))
+        let power = t.power(self.octave);
+        if V::Elem::DTYPE == DType::F64 {
+            // One rounding less, for the type whose results have the fewest digits to spare.
+            let one = V::splat(self.isa, V::Elem::ONE);
+            return (one, power.mul_add(r * pow2_slope(self.isa, r, V::STEPS), power));
+        }
+        (r.mul_add(pow2_slope(self.isa, r, V::STEPS), V::splat(self.isa, V::Elem::ONE)), power)
     }
 
     /// The exponential.

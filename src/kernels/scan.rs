@@ -5,8 +5,11 @@ use crate::array::{Element, Float, Span, Vf, lanes};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
 use super::math::{Exp, Real, log1p};
-use super::rows::BLOCK;
+
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
+
+/// Classes per block: no more than float32 lanes may sum and keep the digits of a divergence.
+pub const BLOCK: usize = 512;
 
 /// What is the same for every row of a call.
 #[derive(Clone, Copy)]

@@ -2,7 +2,7 @@
 //! neighbouring rows at a time where those lie closer together than classes do.
 
 use crate::array::{Array, Element, FromNumber, Out, Span};
-use crate::kernels::rows::BLOCK;
+use crate::kernels::scan::BLOCK;
 
 use super::plan::{Axes, Path, path};
 use super::scratch::{Work, room};

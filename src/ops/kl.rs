@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use crate::array::{Array, DType, Element, Out, SpanMut};
 use crate::kernels::divergence::{Divergence, Slope};
-use crate::kernels::rows::BLOCK;
+use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::Constants;
 use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel};

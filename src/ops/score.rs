@@ -1,7 +1,7 @@
 //! Scores of given tokens: log-probability, logsumexp and argmax, and on demand entropy and rank, in one reading of the logits.
 
 use crate::array::{Array, DType, Element, Out};
-use crate::kernels::rows::BLOCK;
+use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::{Constants, Scan, Total, larger};
 use crate::simd::{Isa, Kernel};
 use crate::threads;

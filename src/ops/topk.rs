@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::array::{Array, DType, Element, Out};
-use crate::kernels::rows::BLOCK;
+use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::{Constants, Largest, Scan};
 use crate::simd::{Isa, Kernel};
 use crate::threads;
