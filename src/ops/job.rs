@@ -143,7 +143,9 @@ impl<'a> Job<'a> {
         // adjacent elements, or no line at all, is read along the classes, unless they are few.
         let own = Axes::new(shape, &[strides], axes.iter().copied());
         let size = x.dtype().size() as isize;
-        let by_rows = own.size > columns::BLOCK && (bend.is_some() || !own.is_line() || own.inner_stride(0).abs() == size);
+        let exotic = bend.is_some() || !own.is_line();
+        let most = if exotic { columns::BLOCK } else { columns::MOST };
+        let by_rows = own.size > most && (exotic || own.inner_stride(0).abs() == size);
         let mut read = path(x, X, &classes, &rows);
         let mut write = out.map_or(read, |out| path(out.array(), OUT, &classes, &rows));
         if bend.is_some() || read == Path::Columns {
