@@ -5,7 +5,7 @@
 //! The exhaustive tests are `cargo test --release --test math -- --ignored --nocapture`.
 
 use crossent::array::{Float, Span, SpanMut, Vf};
-use crossent::kernels::math::{Exp, Real, exp_full, log1p, tanh, tanh_sech2};
+use crossent::kernels::math::{Exp, Real, exp_full, log1p, log1p_inverse, tanh, tanh_sech2};
 use crossent::simd::{Isa, Kernel, Level, Vector};
 
 // ---- running a function over a slice, on a level ---------------------------------------------------------------------------------
@@ -652,6 +652,38 @@ fn log1p_f64() {
         let got = eval_log1p(level, &[0.0, least, 1e-310, f64::MIN_POSITIVE, 1e-20, f64::INFINITY, f64::NAN]);
         assert_eq!(got[..6], [0.0, least, 1e-310, f64::MIN_POSITIVE, 1e-20, f64::INFINITY], "{}", level.name());
         assert!(got[6].is_nan());
+    }
+}
+
+/// The kernel with one division stays near the one with two.
+#[test]
+fn log1p_with_its_inverse() {
+    struct Both<'a>(&'a [f64], &'a mut [f64]);
+    impl Kernel for Both<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Isa>(self, isa: S) {
+            let (x, out) = (Span::of(self.0), SpanMut::of(self.1));
+            for i in (0..x.len()).step_by(S::F64::LANES) {
+                let (log, inverse) = log1p_inverse(isa, x.load::<S>(isa, i));
+                out.store(isa, i, log);
+                out.store(isa, x.len() + i, inverse);
+            }
+        }
+    }
+    let mut x: Vec<f64> = bit_space::<f64>(1e300, 400_000).filter(|x| *x > 0.0).chain((1..100_000).map(|i| f64::from(i) * 1e-3)).collect();
+    x.resize(x.len().next_multiple_of(64), 0.0);
+    for level in levels() {
+        let mut out = vec![0.0; 2 * x.len()];
+        level.run(Both(&x, &mut out));
+        let (mut worst_log, mut worst_inverse) = (0.0f64, 0.0f64);
+        for (i, (x, log)) in x.iter().zip(eval_log1p(level, &x)).enumerate() {
+            let inverse = 1.0 / (1.0 + x);
+            worst_log = worst_log.max((out[i] - log).abs() / (log.abs() * f64::EPSILON + f64::MIN_POSITIVE));
+            worst_inverse = worst_inverse.max((out[out.len() / 2 + i] - inverse).abs() / (inverse * f64::EPSILON));
+        }
+        println!("log1p_inverse on {}: {worst_log} and {worst_inverse} epsilon from log1p and 1/(1 + r)", level.name());
+        assert!(worst_log <= 1.0 && worst_inverse <= 2.0, "{}: {worst_log}, {worst_inverse}", level.name());
     }
 }
 

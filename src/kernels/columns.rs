@@ -15,6 +15,14 @@ use super::state::{Reference, Summand, Wide, splat};
 /// Classes per block, and the most that are summed in one go.
 pub const BLOCK: usize = 64;
 
+/// Most classes whose vectors run across the rows although the classes are adjacent: transposing costs less than what a row costs by itself.
+pub const MOST: usize = 128;
+
+/// Classes per block of a row: as even as multiples of four allow, so that the last block is not a sliver.
+pub fn block_of(classes: usize) -> usize {
+    classes.div_ceil(classes.div_ceil(BLOCK).max(1)).next_multiple_of(4).min(BLOCK)
+}
+
 /// Vectors of columns whose states are carried from block to block together: long enough runs for the prefetcher in Fortran order.
 const GROUPS: usize = 8;
 
@@ -275,6 +283,7 @@ fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job
     let empty = State { max: Vf::<S, T>::splat(isa, T::NEG_INF), ties: zero, k: exp.reference(zero), b: zero, rest: Wide::zero(isa) };
     let none = Linear::<S, T> { arg: zero, lin: Wide::zero(isa), t_rest: Wide::zero(isa), t_top: Wide::zero(isa) };
     let one_block = classes <= BLOCK;
+    let depth = block_of(classes);
     let width = width.next_multiple_of(step);
     let mut from = 0;
     while from < width {
@@ -285,7 +294,7 @@ fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job
         let mut linears: [Linear<S, T>; GROUPS] = [none; GROUPS];
         let mut first = 0;
         loop {
-            let count = BLOCK.min(classes - first);
+            let count = depth.min(classes - first);
             if !one_block {
                 blocks.fill(x, dense, first, count, from, wide);
             }
@@ -450,28 +459,36 @@ fn grow<S: Isa, T: Summand, const LIN: bool>(
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
     let grew = state.max.lt(max);
     let empty = state.max.eq(Vf::<S, T>::splat(isa, T::NEG_INF));
-    let mut by = Vf::<S, T>::splat(isa, T::ONE).scale2(zero.min(state.k - k));
+    // In two steps: many classes far below the new maximum may count together, though the factor itself is subnormal.
+    let (one, magic) = (Vf::<S, T>::splat(isa, T::ONE), Vf::<S, T>::splat(isa, T::MAGIC));
+    let shift = zero.min(state.k - k);
+    let half = (shift * splat::<S, T>(isa, 0.5) + magic) - magic;
+    let mut by = [one.scale2(half), one.scale2(shift - half)];
     if state.b.ne(b).any() {
         // Rare, and the vector exponential cannot take a difference of two references off the grid.
-        let mut factors = [0.0; 16];
-        T::store_wide(isa, by, SpanMut::of(&mut factors), 0);
+        let mut factors = [[0.0; 16]; 2];
+        T::store_wide(isa, by[0], SpanMut::of(&mut factors[0]), 0);
+        T::store_wide(isa, by[1], SpanMut::of(&mut factors[1]), 0);
         let (from_k, from_b) = (lanes::<S, T>(state.k), lanes::<S, T>(state.b));
         let (to_k, to_b) = (lanes::<S, T>(k), lanes::<S, T>(b));
         for lane in 0..Vf::<S, T>::LANES {
             if from_b[lane] != to_b[lane] {
                 let from = Reference { k: from_k[lane].to_f64(), b: from_b[lane].to_f64() };
                 let to = Reference { k: to_k[lane].to_f64(), b: to_b[lane].to_f64() };
-                factors[lane] = from.factor(to, scale).min(1.0);
+                let factor = from.factor(to, scale).min(1.0);
+                // 2^-100
+                let step = if factor < 7.9e-31 { f64::from_bits((1023 - 100) << 52) } else { 1.0 };
+                (factors[0][lane], factors[1][lane]) = (factor / step, step);
             }
         }
-        by = T::load_wide(isa, Span::of(&factors), 0);
+        by = [T::load_wide(isa, Span::of(&factors[0]), 0), T::load_wide(isa, Span::of(&factors[1]), 0)];
     }
-    T::scale_columns(isa, &mut state.rest, by);
+    T::scale_columns(isa, &mut state.rest, by[0]);
+    T::scale_columns(isa, &mut state.rest, by[1]);
     let old = exp.exp2(floor::<S, T>(isa, scale, max, b).max(state.max - b), k);
     T::add(isa, &mut state.rest, Vf::<S, T>::select(grew, state.ties * old, zero));
     state.ties = Vf::<S, T>::select(grew, zero, state.ties);
     if LIN {
-        let one = Vf::<S, T>::splat(isa, T::ONE);
         let (mut joined, stays) = (linear.t_top, Vf::<S, T>::select(grew, zero, one));
         T::scale_columns(isa, &mut joined, Vf::<S, T>::select(grew, one, zero));
         T::scale_columns(isa, &mut linear.t_top, stays);

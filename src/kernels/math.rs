@@ -359,7 +359,7 @@ pub fn log1p<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> D {
     parts.log(isa, r, s, inverse)
 }
 
-/// The same with 1/(1 + r), for the price of one division: each may be two units in the last place off.
+/// The same and 1/(1 + r), for the price of one division: within one and two epsilon of the separate ones, for r up to 2^1000.
 #[inline(always)]
 pub fn log1p_inverse<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> (D, D) {
     let two = D::splat(isa, 2.0);

@@ -339,6 +339,8 @@ struct Operands<'s, 'j, 'a, E, T> {
     spread: &'s [T],
     offsets: &'s mut [Offsets; 2],
     flat: &'s mut Vec<T>,
+    /// The logits of the sparse targets, as in the tile, once their blocks were filled.
+    x_target: Vec<f64>,
     element: core::marker::PhantomData<E>,
 }
 
@@ -374,6 +376,12 @@ impl<E: Element<Acc = T>, T: Work> Blocks<T> for Operands<'_, '_, '_, E, T> {
         let kept = self.strip.kept;
         let strip = Strip::new(self.strip.job, &kept[from..kept.len().min(from + width)]);
         self.x(&strip, x, (first, count));
+        targets(&strip, |slot, j, class| {
+            let class = class.wrapping_sub(first);
+            if class < count {
+                self.x_target[j * WIDTH + from + slot] = x[class * self.stride + slot].to_f64();
+            }
+        });
         if strip.job.own_dense() {
             self.dense(&strip, dense, (first, count));
         }
@@ -461,9 +469,11 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let stride = width;
     let x = room(x, depth * stride);
     let dense = room(dense, if own { depth * stride } else { 0 });
-    let mut operands =
-        Operands::<E, T> { strip, stride, scaled, keep, spread, offsets: &mut offsets, flat, element: core::marker::PhantomData };
     let plain = prepare(strip, tile);
+    let x_target = if few { Vec::new() } else { core::mem::take(&mut tile.x_target) };
+    let offsets = &mut offsets;
+    let mut operands =
+        Operands::<E, T> { strip, stride, scaled, keep, spread, offsets, flat, x_target, element: core::marker::PhantomData };
     if few {
         operands.x(strip, x, (0, classes));
         if own {
@@ -480,14 +490,9 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
             *at = labels.class[row].max(0) as usize * stride + slot;
             tile.x_target[slot] = x[*at].to_f64();
         }
-    } else {
+    } else if few {
         targets(strip, |slot, j, class| {
-            let logit = if few {
-                x[class * stride + slot].to_f64()
-            } else {
-                job.x.get::<f64>(job.rows.offset(X, kept[slot]) + job.classes.offset(X, class))
-            };
-            tile.x_target[j * WIDTH + slot] = logit;
+            tile.x_target[j * WIDTH + slot] = x[class * stride + slot].to_f64();
         });
     }
     let index = if indexed { &index[..n] } else { &[][..] };
@@ -497,6 +502,9 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let (scale, linear) = (terms.scale, (job.kind == Kind::Loss && terms.dense, own));
     let blocks = &mut operands;
     job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks }, tile));
+    if !few {
+        tile.x_target = core::mem::take(&mut operands.x_target);
+    }
     if stored && indexed {
         tile.e_target.iter_mut().zip(index).for_each(|(e, &at)| *e = x[at].to_f64());
     } else if stored {
@@ -516,7 +524,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     if let Some(out) = job.out {
         unbend_patches(job, kept, tile);
         // Half a block at a time where it is read again: the tile is as large as L1.
-        let depth = if few { depth } else { depth / 2 };
+        let depth = if few { depth } else { columns::block_of(classes) / 2 };
         for first in (0..classes).step_by(depth) {
             let count = depth.min(classes - first);
             if !few {
@@ -547,7 +555,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
         }
     }
     let sum = if job.kind == Kind::Loss { job.level.run(Sum(&mut tile.loss, n)) } else { Pair::default() };
-    scratch.offsets = offsets;
+    scratch.offsets = core::mem::take(offsets);
     sum
 }
 

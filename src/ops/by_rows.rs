@@ -27,8 +27,8 @@ enum Way {
     Logs,
 }
 
-fn way<T: Element, E: Element>(job: &Job) -> Way {
-    if job.out.is_none() || job.read != Path::Rows || job.write != Path::Rows {
+fn way<T: Element, E: Element>(job: &Job, direct: bool) -> Way {
+    if job.out.is_none() || !direct || job.write != Path::Rows {
         return Way::Other;
     }
     if job.kind == Kind::LogSoftmax {
@@ -93,7 +93,7 @@ fn block<E: Element>(row: Span<E>, index: usize) -> (usize, usize) {
 
 /// Works on rows that are finished together. `next` is the row after them, whose first maximum goes to `known`.
 #[inline(always)]
-pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
+pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work, const DIRECT: bool>(
     isa: S,
     job: &Job,
     kept: &[usize],
@@ -103,7 +103,7 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
 ) {
     let (tile, buffers, references) = T::buffers(scratch);
     // The logits of one or two targets are read with their blocks.
-    let late = job.read == Path::Rows && job.terms.entries <= 2;
+    let late = DIRECT && job.terms.entries <= 2;
     prepare::<T>(job, kept, tile, !late);
     let setup = Setup::<S, T>::new(isa, job.terms.scale);
     let classes = job.classes.size;
@@ -112,7 +112,7 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
     room(&mut buffers.dense, rows::BLOCK);
     room(&mut buffers.block, rows::BLOCK);
     room(&mut buffers.x, rows::BLOCK);
-    let way = way::<T, E>(job);
+    let way = way::<T, E>(job, DIRECT);
     if way == Way::Stored && references.len() < blocks * kept.len() {
         references.resize(blocks * kept.len(), Reference { k: 0.0, b: 0.0 });
     }
@@ -137,7 +137,7 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
         let mut wanted = Wanted { classes: &classes_of[..entries], logits: [0.0; 2] };
         let Buffers { x, dense, shared, .. } = buffers;
         let dense = Dense { job, row, scratch: dense, shared };
-        let state = if job.read == Path::Rows {
+        let state = if DIRECT {
             let span = |row| job.x.span::<E>(job.rows.offset(X, row), classes);
             let mut source = Direct { row: span(row), after: kept.get(slot + 1).copied().or(next).map_or_else(|| Span::of(&[]), span) };
             reduce_row(&setup, dense, &mut source, dst, own, known, &mut wanted, &mut pending, way == Way::Stored)
@@ -150,7 +150,10 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
         for j in 0..entries {
             tile.x_target[j * WIDTH + slot] = wanted.logits[j];
         }
-        if beside && let Some(out) = job.out {
+        if DIRECT
+            && beside
+            && let Some(out) = job.out
+        {
             finish(isa, &job.terms, tile, slot, slot + 1);
             let (from, to) = (job.rows.offset(X, row), job.rows.offset(OUT, row));
             pending = Some(Pending {
@@ -177,7 +180,7 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work>(
     }
     let Some(out) = job.out else { return };
     for (slot, &row) in kept.iter().enumerate() {
-        emit_row::<S, E, T>(&setup, job, out, row, row_of(job, tile, slot), way, &references[..], slot * blocks, buffers);
+        emit_row::<S, E, T, DIRECT>(&setup, job, out, row, row_of(job, tile, slot), way, &references[..], slot * blocks, buffers);
     }
     fence(isa, job);
 }
@@ -255,7 +258,7 @@ fn dense_block<'b, T: Work>(job: &Job, row: usize, index: usize, dense: &'b mut 
 
 /// Writes a row after it was finished.
 #[inline(always)]
-fn emit_row<S: Isa, E: Element<Acc = T>, T: Work>(
+fn emit_row<S: Isa, E: Element<Acc = T>, T: Work, const DIRECT: bool>(
     setup: &Setup<S, T>,
     job: &Job,
     out: &Out,
@@ -273,7 +276,7 @@ fn emit_row<S: Isa, E: Element<Acc = T>, T: Work>(
         let n = rows::BLOCK.min(classes - start);
         let Buffers { x, dense, shared, block } = buffers;
         let t = dense_block(job, row, index, dense, shared);
-        if way != Way::Other {
+        if DIRECT && way != Way::Other {
             let e = if way == Way::Stored { out.span::<T>(to, classes) } else { SpanMut::of(&mut []) };
             let pending = Pending {
                 setup,
@@ -291,7 +294,7 @@ fn emit_row<S: Isa, E: Element<Acc = T>, T: Work>(
         // Not in place on at least one side: read into scratch, written from scratch.
         let block = &mut block[..n];
         let dst = SpanMut::of(block);
-        if job.read == Path::Rows {
+        if DIRECT {
             emit_block(setup, job, &values, job.x.span::<E>(from, classes).part(start, n), t, dst);
         } else {
             gather_logits(job, row, start, x, n, 1);

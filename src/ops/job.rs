@@ -159,7 +159,9 @@ impl<'a> Job<'a> {
         // adjacent elements, or no line at all, is read along the classes, unless they are few.
         let own = Axes::new(shape, &[strides], axes.iter().copied());
         let size = x.dtype().size() as isize;
-        let by_rows = own.size > columns::BLOCK && (bend.is_some() || !own.is_line() || own.inner_stride(0).abs() == size);
+        let exotic = bend.is_some() || !own.is_line();
+        let most = if exotic { columns::BLOCK } else { columns::MOST };
+        let by_rows = own.size > most && (exotic || own.inner_stride(0).abs() == size);
         let mut read = path(x, X, &classes, &rows);
         let mut write = out.map_or(read, |out| path(out.array(), OUT, &classes, &rows));
         if bend.is_some() || read == Path::Columns {
@@ -232,7 +234,17 @@ impl<'a> Job<'a> {
             let mut scratch = SCRATCH.take().unwrap_or_default();
             let sum = with_element!(self.x.dtype(), E => {
                 if self.by_rows {
-                    exec.level.run(Chunk::<E> { job: self, first, last, scratch: &mut scratch, element: core::marker::PhantomData })
+                    let chunk = Chunk::<E, true> { job: self, first, last, scratch: &mut scratch, element: core::marker::PhantomData };
+                    match if self.read == Path::Rows { exec.level.run_vectors(chunk) } else { Err(chunk) } {
+                        Ok(sum) => sum,
+                        Err(Chunk { scratch, .. }) => exec.level.run(Chunk::<<E as Element>::Acc, false> {
+                            job: self,
+                            first,
+                            last,
+                            scratch,
+                            element: core::marker::PhantomData,
+                        }),
+                    }
                 } else {
                     by_columns::run::<E, _>(self, first, last, &mut scratch)
                 }
@@ -273,8 +285,8 @@ pub(super) fn present_classes<'s>(strides: &[&'s [isize]], mask: bool) -> Operan
     classes
 }
 
-/// Rows of one task, as a kernel.
-pub(super) struct Chunk<'j, 'a, E> {
+/// Rows of one task, as a kernel: read in place as `E` (DIRECT), or copied to the type they are computed in.
+pub(super) struct Chunk<'j, 'a, E, const DIRECT: bool> {
     pub(super) job: &'j Job<'a>,
     pub(super) first: usize,
     pub(super) last: usize,
@@ -282,7 +294,7 @@ pub(super) struct Chunk<'j, 'a, E> {
     pub(super) element: core::marker::PhantomData<E>,
 }
 
-impl<E: Element> Kernel for Chunk<'_, '_, E>
+impl<E: Element, const DIRECT: bool> Kernel for Chunk<'_, '_, E, DIRECT>
 where
     E::Acc: Work,
 {
@@ -310,7 +322,7 @@ where
             let kept = &kept[..n];
             if n > 0 {
                 let next = (row..last).find(|&row| job.kept(row));
-                work_rows::<S, E, E::Acc>(isa, job, kept, next, &mut known, scratch);
+                work_rows::<S, E, E::Acc, DIRECT>(isa, job, kept, next, &mut known, scratch);
             }
             settle(job, start, row, kept, &scratch.tile, &mut sum);
         }

@@ -1,5 +1,6 @@
 //! The Kullback–Leibler divergence of two arrays of logits and its gradient.
 
+use core::marker::PhantomData;
 use std::sync::Mutex;
 
 use crate::array::{Array, DType, Element, Out, SpanMut};
@@ -16,7 +17,6 @@ use super::job::TASK;
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Scratch, Work, room};
 use super::targets::row_shape;
-use super::with_element;
 
 /// Operands of a call.
 const P: usize = 0;
@@ -89,17 +89,24 @@ pub fn kl_divergence(
     let dtype = p_logits.dtype();
     let task = |task: usize| -> Result<(), Error> {
         let (first, last) = (task * per_task, count.min((task + 1) * per_task));
-        let mut scratch = SCRATCH.take().unwrap_or_default();
-        let sum = if direct {
-            with_element!(dtype, E => {
-                exec.level.run(Direct::<E> { job: &job, first, last, scratch: &mut scratch, element: core::marker::PhantomData })
-            })
-        } else if double {
-            exec.level.run(Gathered::<f64> { job: &job, first, last, scratch: &mut scratch, element: core::marker::PhantomData })
-        } else {
-            exec.level.run(Gathered::<f32> { job: &job, first, last, scratch: &mut scratch, element: core::marker::PhantomData })
+        let mut kept = SCRATCH.take().unwrap_or_default();
+        let (job, scratch) = (&job, &mut *kept);
+        // Half types are copied: they have the least to read.
+        let left = match dtype {
+            DType::F32 if direct => {
+                exec.level.run_vectors(Direct::<f32> { job, first, last, scratch, element: PhantomData }).map_err(|d| d.scratch)
+            }
+            DType::F64 if direct => {
+                exec.level.run_vectors(Direct::<f64> { job, first, last, scratch, element: PhantomData }).map_err(|d| d.scratch)
+            }
+            _ => Err(scratch),
         };
-        SCRATCH.set(Some(scratch));
+        let sum = match left {
+            Ok(sum) => sum,
+            Err(scratch) if double => exec.level.run(Gathered::<f64> { job, first, last, scratch, element: PhantomData }),
+            Err(scratch) => exec.level.run(Gathered::<f32> { job, first, last, scratch, element: PhantomData }),
+        };
+        SCRATCH.set(Some(kept));
         if let Ok(mut partial) = partial.lock() {
             partial[task] = sum;
         }
@@ -158,7 +165,7 @@ macro_rules! chunk {
             first: usize,
             last: usize,
             scratch: &'j mut Scratch,
-            element: core::marker::PhantomData<E>,
+            element: PhantomData<E>,
         }
         $work
     };

@@ -1,5 +1,7 @@
 //! Scores of given tokens: log-probability, logsumexp and argmax, and on demand entropy and rank, in one reading of the logits.
 
+use core::marker::PhantomData;
+
 use crate::array::{Array, DType, Element, Out};
 use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::{Constants, Scan, Total, larger};
@@ -77,7 +79,10 @@ pub fn score_tokens(exec: &Exec, logits: &Array, axis: usize, tokens: &Array, ig
         let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
         let mut scratch = SCRATCH.take().unwrap_or_default();
         with_element!(dtype, E => {
-            exec.level.run(Chunk::<E> { job: &job, first, last, scratch: &mut scratch, element: core::marker::PhantomData });
+            let chunk = Chunk::<E, true> { job: &job, first, last, scratch: &mut scratch, element: PhantomData };
+            if let Err(Chunk { scratch, .. }) = if job.x.is_direct() { exec.level.run_vectors(chunk) } else { Err(chunk) } {
+                exec.level.run(Chunk::<<E as Element>::Acc, false> { job: &job, first, last, scratch, element: PhantomData });
+            }
         });
         SCRATCH.set(Some(scratch));
         Ok(())
@@ -132,15 +137,15 @@ impl Job<'_> {
 }
 
 /// Rows of one task, as a kernel.
-struct Chunk<'j, 'a, E> {
+struct Chunk<'j, 'a, E, const DIRECT: bool> {
     job: &'j Job<'a>,
     first: usize,
     last: usize,
     scratch: &'j mut Scratch,
-    element: core::marker::PhantomData<E>,
+    element: PhantomData<E>,
 }
 
-impl<E: Element> Kernel for Chunk<'_, '_, E>
+impl<E: Element, const DIRECT: bool> Kernel for Chunk<'_, '_, E, DIRECT>
 where
     E::Acc: Work,
 {
@@ -150,7 +155,7 @@ where
         let Chunk { job, first, last, .. } = self;
         let (_, buffers, _) = E::Acc::buffers(self.scratch);
         let copy = &mut buffers.x;
-        match (job.x.is_direct(), job.entropy.is_some()) {
+        match (DIRECT, job.entropy.is_some()) {
             (true, false) => score::<S, E, E::Acc, _, false, 1>(isa, job, first, last, InPlace),
             (true, true) => score::<S, E, E::Acc, _, true, 1>(isa, job, first, last, InPlace),
             (false, false) => score::<S, E::Acc, E::Acc, _, false, TILE>(isa, job, first, last, Copied(copy)),

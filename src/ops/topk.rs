@@ -1,5 +1,6 @@
 //! The largest log-probabilities of each row, with the logsumexp from the same reading of the logits.
 
+use core::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::array::{Array, DType, Element, Out};
@@ -48,7 +49,10 @@ pub fn topk_logprobs(exec: &Exec, logits: &Array, axis: usize, logprobs: &Out, i
         let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
         let mut scratch = SCRATCH.take().unwrap_or_default();
         with_element!(dtype, E => {
-            exec.level.run(Chunk::<E> { job: &job, first, last, scratch: &mut scratch, element: core::marker::PhantomData });
+            let chunk = Chunk::<E, true> { job: &job, first, last, scratch: &mut scratch, element: PhantomData };
+            if let Err(Chunk { scratch, .. }) = if job.x.is_direct() { exec.level.run_vectors(chunk) } else { Err(chunk) } {
+                exec.level.run(Chunk::<<E as Element>::Acc, false> { job: &job, first, last, scratch, element: PhantomData });
+            }
         });
         SCRATCH.set(Some(scratch));
         Ok(())
@@ -69,15 +73,15 @@ struct Job<'a> {
     failed: AtomicBool,
 }
 
-struct Chunk<'j, 'a, E> {
+struct Chunk<'j, 'a, E, const DIRECT: bool> {
     job: &'j Job<'a>,
     first: usize,
     last: usize,
     scratch: &'j mut Scratch,
-    element: core::marker::PhantomData<E>,
+    element: PhantomData<E>,
 }
 
-impl<E: Element> Kernel for Chunk<'_, '_, E>
+impl<E: Element, const DIRECT: bool> Kernel for Chunk<'_, '_, E, DIRECT>
 where
     E::Acc: Work,
 {
@@ -86,7 +90,7 @@ where
     fn run<S: Isa>(self, isa: S) {
         let Chunk { job, first, last, .. } = self;
         let (_, buffers, _) = E::Acc::buffers(self.scratch);
-        if job.x.is_direct() {
+        if DIRECT {
             search::<S, E, E::Acc, _, 1>(isa, job, first, last, InPlace);
         } else {
             search::<S, E::Acc, E::Acc, _, TILE>(isa, job, first, last, Copied(&mut buffers.x));

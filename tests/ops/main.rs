@@ -311,6 +311,31 @@ fn transforms_over_any_axes() {
     }
 }
 
+/// Classes so far below the maximum that one of them is lost, but not all of them together, whichever comes first.
+#[test]
+fn transforms_of_rows_whose_rest_is_tiny() {
+    for level in levels() {
+        for dtype in [DType::F32, DType::F64, DType::Bf16] {
+            let depth = if dtype == DType::F64 { 708.0 } else { 86.0 };
+            for classes in [40, 100, 300, 1000] {
+                for at in [0, classes / 2, classes - 1] {
+                    let rows: Vec<f64> = (0..16).map(|i| depth + f64::from(i) * 0.25).collect();
+                    let n = rows.len();
+                    for (shape, axis) in [([n, classes], 1), ([classes, n], 0)] {
+                        let mut values = vec![0.0; n * classes];
+                        for (group, x) in rows_of(&shape, &[axis]).iter().zip(&rows) {
+                            values[group[at]] = *x;
+                        }
+                        let x = Tensor::floats(dtype, Layout::C, &shape, &values);
+                        let context = || format!("tiny rest, {dtype:?} {shape:?} axis {axis} maximum at {at} {level:?}");
+                        check_transforms(&Exec { level, threads: 1 }, &x, &[axis], Layout::C, &context);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn transforms_of_special_rows() {
     const INF: f64 = f64::INFINITY;
