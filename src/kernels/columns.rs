@@ -5,7 +5,7 @@
 //! carry those back. So one set of kernels serves NCHW, Fortran order and many rows of few classes, in and out of place.
 //! With many classes a tile is filled again and again, [`BLOCK`] classes at a time.
 
-use crate::array::{Columns, ColumnsMut, Element, Float, Rows, RowsMut, Span, SpanMut, Vf, lanes};
+use crate::array::{Columns, ColumnsMut, DType, Element, Float, Rows, RowsMut, Span, SpanMut, Vf, lanes};
 use crate::simd::{Isa, Mask, Vector};
 
 use super::finish::Tile;
@@ -506,8 +506,9 @@ fn grow<S: Isa, T: Summand, const LIN: bool>(
 
 /// Replaces the stored exponentials of a tile by `a·e − g·t`.
 #[inline(always)]
-pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile) {
+pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile, most: f64) {
     let e = x.read();
+    let most = splat::<S, T>(isa, most);
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         if dense.is_some() {
@@ -517,15 +518,37 @@ pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, d
             }
         } else {
             for c in 0..e.classes() {
-                x.store_whole(isa, c, j, e.load_whole(isa, c, j) * a);
+                // In this order NaN passes.
+                x.store_whole(isa, c, j, most.min(e.load_whole(isa, c, j) * a));
             }
+        }
+    }
+}
+
+/// Takes a power of two from the exponentials of columns whose factor a alone would leave the normal numbers of the type, and gives it to a.
+/// With `stored` they are in the tile, otherwise their reference is moved.
+pub fn balance<T: Summand>(x: ColumnsMut<T>, width: usize, tile: &mut Tile, stored: bool) {
+    let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
+    let bias = T::BIAS.to_f64();
+    for j in 0..width {
+        if tile.a[j] == 0.0 || tile.a[j].is_nan() || tile.a[j].abs() >= tiny {
+            continue;
+        }
+        tile.a[j] *= bias.exp2();
+        if stored {
+            for c in 0..x.read().classes() {
+                x.set(c, j, T::from_f64(x.read().get(c, j).to_f64() * (-bias).exp2()));
+            }
+        } else {
+            tile.k[j] += bias;
         }
     }
 }
 
 /// Replaces the logits of a tile by `a·exp(x − reference) − g·t`.
 #[inline(always)]
-pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile) {
+pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile, most: f64) {
+    let most = splat::<S, T>(isa, most);
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let from = x.read();
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
@@ -535,7 +558,7 @@ pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width:
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.slope), j) } else { a };
         for c in 0..from.classes() {
-            let mut out = exp.exp2(floor.max(from.load_whole(isa, c, j) - b), k) * a;
+            let mut out = most.min(exp.exp2(floor.max(from.load_whole(isa, c, j) - b), k) * a);
             if dense.is_some() {
                 out = out - dense.load(isa, c, j) * g;
             }

@@ -102,6 +102,8 @@ pub struct Terms {
     pub scale: f64,
     /// Weight of lse².
     pub z_loss: f64,
+    /// The step from 1 to the next number of the type that is computed in.
+    pub ulp: f64,
     /// Sparse targets per row.
     pub entries: usize,
     /// Whether `lin`, `t_rest`, `t_top` of the tile hold a dense stream.
@@ -224,6 +226,9 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         } else {
             SpanMut::of(&mut tile.lse).store(isa, r, lse);
             SpanMut::of(&mut tile.log_sum).store(isa, r, log_sum);
+            // A class that has all of it is rounded up, so that the cap of the results makes it exactly 1.
+            let sure = others.lt(splat::<S, f64>(isa, terms.ulp * 0.25));
+            let inverse = S::F64::select(sure, inverse * splat::<S, f64>(isa, 1.0 + 2.0 * terms.ulp), inverse);
             SpanMut::of(&mut tile.a).store(isa, r, S::F64::select(valid, inverse, bad));
         }
         r += step;

@@ -292,6 +292,8 @@ struct Emit<'s, T> {
     tile: &'s Tile,
     log: bool,
     stored: bool,
+    /// No product of a and an exponential is larger.
+    most: f64,
 }
 
 impl<T: Work> Kernel for Emit<'_, T> {
@@ -302,9 +304,9 @@ impl<T: Work> Kernel for Emit<'_, T> {
         if self.log {
             columns::emit_log(isa, self.scale, self.x, width, self.tile);
         } else if self.stored {
-            columns::emit_stored(isa, self.x, width, self.dense, self.tile);
+            columns::emit_stored(isa, self.x, width, self.dense, self.tile, self.most);
         } else {
-            columns::emit_exp(isa, self.scale, self.x, width, self.dense, self.tile);
+            columns::emit_exp(isa, self.scale, self.x, width, self.dense, self.tile, self.most);
         }
     }
 }
@@ -523,6 +525,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     }
     if let Some(out) = job.out {
         unbend_patches(job, kept, tile);
+        columns::balance(ColumnsMut::of(x, stride, depth, stride), n, tile, stored);
         // Half a block at a time where it is read again: the tile is as large as L1.
         let depth = if few { depth } else { columns::block_of(classes) / 2 };
         for first in (0..classes).step_by(depth) {
@@ -539,7 +542,8 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
                 (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
             };
             let log = job.kind == Kind::LogSoftmax;
-            job.level.run(Emit { scale, x: ColumnsMut::of(x, stride, count, stride), width: n, dense: stream, tile, log, stored });
+            let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
+            job.level.run(Emit { scale, x: ColumnsMut::of(x, stride, count, stride), width: n, dense: stream, tile, log, stored, most });
             if job.bend.is_some() {
                 (0..n).for_each(|slot| unbend(job, kept[slot], first, &mut x[slot..], count, stride));
             }

@@ -213,6 +213,7 @@ impl<'a> Job<'a> {
             terms: Terms {
                 scale: 1.0,
                 z_loss: 0.0,
+                ulp: if x.dtype() == DType::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) },
                 entries: 0,
                 dense: false,
                 gradient: out.is_some(),
