@@ -389,9 +389,11 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, B: Beside, 
             arg = arg.min(start.saturating_add(first));
             t_top.merge(weight);
         }
-        // Few enough additions in a row for float32, sixteen to an accumulator: a whole block on wide vectors, less of it on narrow ones.
+        // Few enough additions to an accumulator in a row: a whole block of float32 on wide vectors, less of it on narrow ones. Float64 has nothing
+        // wider to go to, and fewer digits to spare.
         let accumulators = if S::REGISTERS < 32 { 2 } else { 4 };
-        let stretch = BLOCK.min(if Vf::<S, T>::LANES < 4 { 8 } else { 16 * accumulators * Vf::<S, T>::LANES });
+        let additions = if T::DTYPE == DType::F64 { 8 } else { 16 };
+        let stretch = BLOCK.min(if Vf::<S, T>::LANES < 4 { 8 } else { additions * accumulators * Vf::<S, T>::LANES });
         let mut from = 0;
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         while from < block.len() {
