@@ -504,9 +504,10 @@ fn grow<S: Isa, T: Summand, const LIN: bool>(
 
 // --- emit ---------------------------------------------------------------------------------------------------------------------------
 
-/// Replaces the stored exponentials of a tile by `a·e − g·t`.
+/// Replaces the stored exponentials of a tile by `a·e − g·t`, at most `cap`: a probability that rounds to more than 1 is 1.
 #[inline(always)]
-pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile) {
+pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, dense: Dense<T>, cap: f64, tile: &Tile) {
+    let cap = splat::<S, T>(isa, cap);
     let e = x.read();
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
         let a = T::load_wide(isa, Span::of(&tile.a), j);
@@ -517,15 +518,17 @@ pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, d
             }
         } else {
             for c in 0..e.classes() {
-                x.store_whole(isa, c, j, e.load_whole(isa, c, j) * a);
+                // In this order a NaN stays.
+                x.store_whole(isa, c, j, cap.min(e.load_whole(isa, c, j) * a));
             }
         }
     }
 }
 
-/// Replaces the logits of a tile by `a·exp(x − reference) − g·t`.
+/// Replaces the logits of a tile by `a·exp(x − reference) − g·t`, at most `cap`.
 #[inline(always)]
-pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile) {
+pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, dense: Dense<T>, cap: f64, tile: &Tile) {
+    let cap = splat::<S, T>(isa, cap);
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let from = x.read();
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
@@ -535,7 +538,7 @@ pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width:
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.g), j) } else { a };
         for c in 0..from.classes() {
-            let mut out = exp.exp2(floor.max(from.load_whole(isa, c, j) - b), k) * a;
+            let mut out = cap.min(exp.exp2(floor.max(from.load_whole(isa, c, j) - b), k) * a);
             if dense.is_some() {
                 out = out - dense.load(isa, c, j) * g;
             }

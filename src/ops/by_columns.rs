@@ -289,6 +289,7 @@ struct Emit<'s, T> {
     x: ColumnsMut<'s, T>,
     width: usize,
     dense: Dense<'s, T>,
+    cap: f64,
     tile: &'s Tile,
     log: bool,
     stored: bool,
@@ -302,9 +303,9 @@ impl<T: Work> Kernel for Emit<'_, T> {
         if self.log {
             columns::emit_log(isa, self.scale, self.x, width, self.tile);
         } else if self.stored {
-            columns::emit_stored(isa, self.x, width, self.dense, self.tile);
+            columns::emit_stored(isa, self.x, width, self.dense, self.cap, self.tile);
         } else {
-            columns::emit_exp(isa, self.scale, self.x, width, self.dense, self.tile);
+            columns::emit_exp(isa, self.scale, self.x, width, self.dense, self.cap, self.tile);
         }
     }
 }
@@ -539,7 +540,8 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
                 (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
             };
             let log = job.kind == Kind::LogSoftmax;
-            job.level.run(Emit { scale, x: ColumnsMut::of(x, stride, count, stride), width: n, dense: stream, tile, log, stored });
+            let cap = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
+            job.level.run(Emit { scale, x: ColumnsMut::of(x, stride, count, stride), width: n, dense: stream, cap, tile, log, stored });
             if job.bend.is_some() {
                 (0..n).for_each(|slot| unbend(job, kept[slot], first, &mut x[slot..], count, stride));
             }
