@@ -5,14 +5,15 @@ use crate::kernels::finish::{Tile, WIDTH, finish};
 use crate::kernels::rows::{self, Beside, Direct, Gathered, Known, Row, Setup, Source, Stream, Wanted};
 use crate::kernels::state::{Reference, State};
 use crate::simd::Isa;
+use crate::tunables::tunables;
 
 use super::job::{Job, Kind, OUT, Stores, X, prepare};
 use super::plan::Path;
 use super::scratch::{Buffers, Scratch, Work, room};
 use super::source::{dense_row, gather_logits, scatter, shared_stream, unbend, unbend_patches};
 
-/// From so many classes on a row is written while the next one is read: enough blocks to share the time evenly.
-const BESIDE_FROM: usize = 4 * rows::BLOCK;
+/// Rows of so many classes are long: what was read of them is not in the first cache any more when they are written.
+const LONG: usize = 4 * rows::BLOCK;
 
 /// How the results of a call are made from rows that are read and written in place.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,7 +34,7 @@ fn way<T: Element, E: Element>(job: &Job, direct: bool) -> Way {
     }
     if job.kind == Kind::LogSoftmax {
         Way::Logs
-    } else if E::DTYPE == T::DTYPE && job.stores != Stores::PastAnew {
+    } else if E::DTYPE == T::DTYPE && (job.stores != Stores::PastAnew || job.classes.size < LONG) {
         Way::Stored
     } else {
         Way::Anew
@@ -116,7 +117,7 @@ pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work, const DIRECT: bool
     if way == Way::Stored && references.len() < blocks * kept.len() {
         references.resize(blocks * kept.len(), Reference { k: 0.0, b: 0.0 });
     }
-    let beside = way != Way::Other && !job.terms.dense && classes >= BESIDE_FROM;
+    let beside = way != Way::Other && !job.terms.dense && job.stores != Stores::Cached && classes >= tunables().beside_from;
     let mut left = &mut references[..];
     let mut pending: Option<Pending<S, E>> = None;
     for (slot, &row) in kept.iter().enumerate() {

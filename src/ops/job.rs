@@ -22,6 +22,9 @@ use super::with_element;
 /// Elements per task: enough to be worth handing to another thread, and a function of the shape alone, so that the bits do not depend on the threads.
 pub(super) const TASK: usize = 1 << 15;
 
+/// Elements per task of a large batch of long rows.
+const LONG_TASK: usize = 1 << 18;
+
 /// Rows of so many bytes do not stay in the first cache in any number.
 const GROUP_FROM: usize = 1 << 14;
 
@@ -185,7 +188,9 @@ impl<'a> Job<'a> {
         };
         let per_row = TASK / classes.size.max(1);
         let rows_per_task = if per_row >= WIDTH { per_row / WIDTH * WIDTH } else { per_row.max(1) };
-        let rows_per_task = if by_rows { rows_per_task } else { rows_per_task.max(WIDTH) };
+        // Long rows: several to a task, so that memory is read in long stretches, but enough tasks to share evenly.
+        let stretch = (LONG_TASK / classes.size.max(1)).min(rows.size / 64);
+        let rows_per_task = if by_rows { rows_per_task.max(stretch) } else { rows_per_task.max(WIDTH) };
         Ok(Self {
             kind,
             x,
