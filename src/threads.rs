@@ -3,7 +3,9 @@
 //! The pool is private, started at the first call that wants it, and belongs to the process that started it: a forked child, in which the
 //! workers do not exist, builds its own and leaves the inherited one alone. There is no lock, so a fork cannot copy a held one.
 
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 struct Pool {
     process: u32,
@@ -37,31 +39,117 @@ fn pool(workers: usize) -> Option<&'static rayon::ThreadPool> {
     unsafe { POOL.load(Ordering::Acquire).as_ref() }.map(|known| &known.threads)
 }
 
+/// One call's work. Helpers hold it by reference count: one that comes too late finds it closed and leaves, so that nobody waits for a thread that
+/// the system has not let run yet.
+struct Region {
+    /// The caller's closure; valid until the caller has closed the region and nobody is inside.
+    task: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+    next: AtomicUsize,
+    /// Helpers inside, and [`CLOSED`].
+    inside: AtomicUsize,
+    panicked: AtomicBool,
+}
+
+/// No helper may enter any more.
+const CLOSED: usize = 1 << (usize::BITS - 1);
+
+// SAFETY: the closure behind the pointer is Sync, and the rest are atomics.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn work(&self, task: &(dyn Fn(usize) + Sync)) {
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.tasks {
+                break;
+            }
+            task(index);
+        }
+    }
+
+    /// What a helper does.
+    fn help(&self) {
+        if self.inside.fetch_add(1, Ordering::Acquire) & CLOSED == 0 {
+            // SAFETY: entered before it was closed, so the caller waits for this helper to leave before the closure dies.
+            let task = unsafe { &*self.task };
+            if catch_unwind(AssertUnwindSafe(|| self.work(task))).is_err() {
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+        }
+        self.inside.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Closes a region and waits for those inside, also when the caller's own share panics.
+struct Close<'r>(&'r Region);
+
+impl Drop for Close<'_> {
+    fn drop(&mut self) {
+        self.0.inside.fetch_or(CLOSED, Ordering::AcqRel);
+        let mut turns = 0_u32;
+        while self.0.inside.load(Ordering::Acquire) != CLOSED {
+            // They are at their last task: soon done, unless the system has taken their processor.
+            if turns < 2000 {
+                core::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+            turns = turns.saturating_add(1);
+        }
+    }
+}
+
 /// Runs `task(0)`, …, `task(tasks - 1)`, each once, on at most `threads` threads, the calling one included.
 pub fn for_each(threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     let helpers = threads.min(tasks).saturating_sub(1);
     let Some(pool) = (if helpers > 0 { pool(helpers) } else { None }) else {
         return (0..tasks).for_each(task);
     };
-    let next = AtomicUsize::new(0);
-    let work = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= tasks {
-                break;
-            }
-            task(index);
-        }
-    };
-    pool.in_place_scope(|scope| {
-        for _ in 0..helpers {
-            scope.spawn(|_| work());
-        }
-        work();
-    });
+    #[allow(clippy::transmute_ptr_to_ptr)] // a cast cannot change the lifetime in a trait object
+    // SAFETY: only the lifetime changes; `Region::task` says until when it is used.
+    let forever = unsafe { core::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(task) };
+    let region =
+        Arc::new(Region { task: forever, tasks, next: AtomicUsize::new(0), inside: AtomicUsize::new(0), panicked: AtomicBool::new(false) });
+    for _ in 0..helpers {
+        let region = Arc::clone(&region);
+        pool.spawn(move || region.help());
+    }
+    {
+        let _close = Close(&region);
+        region.work(task);
+    }
+    assert!(!region.panicked.load(Ordering::Relaxed), "a task panicked");
 }
 
 /// CPUs this process may use: affinity and cgroup quota.
 pub fn available() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_whoever_comes() {
+        for round in 0..200 {
+            let counts: Vec<AtomicUsize> = (0..round % 37).map(|_| AtomicUsize::new(0)).collect();
+            for_each(1 + round % 5, counts.len(), &|i| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn a_panic_in_any_share_reaches_the_caller() {
+        for bad in 0..8 {
+            let result = catch_unwind(AssertUnwindSafe(|| for_each(3, 8, &|i| assert!(i != bad))));
+            assert!(result.is_err());
+        }
+        for_each(3, 8, &|_| {});
+    }
 }
