@@ -53,7 +53,7 @@ impl Tunables {
             threads_from: 1 << 16,
             stream_from: (32 << 20).max(4 * second * threads),
             group_bytes: 64 << 10,
-            // Both were 15 % each on one Intel machine (Granite Rapids) and lost up to 10 % on one of AMD (Zen 4).
+            // Prototypes gained 15 % by each on one Intel machine (Granite Rapids); on one of AMD (Zen 4) they lost up to 10 %.
             beside_from: if intel { 4096 } else { usize::MAX },
             recompute: usize::from(intel),
         }
