@@ -16,7 +16,7 @@ use super::blocks::{Copied, Feed, InPlace, Layout, Operand, RowResult, TILE};
 use super::job::TASK;
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Scratch, Work, room};
-use super::targets::row_shape;
+use super::targets::{filled, row_shape};
 
 /// Operands of a call.
 const P: usize = 0;
@@ -83,7 +83,7 @@ pub fn kl_divergence(
     let per_task = if job.is_tiled() { per_task.next_multiple_of(TILE) } else { per_task };
     let tasks = count.div_ceil(per_task);
     let threads = if count * layout.classes.size < TASK { 1 } else { exec.threads };
-    let partial = Mutex::new(vec![Pair::default(); tasks]);
+    let partial = Mutex::new(filled(Pair::default(), tasks)?);
     // Of one type both can be read where they stand; otherwise both are copied to what they are computed in.
     let direct = job.x.iter().all(Operand::is_direct) && p_logits.dtype() == q_logits.dtype();
     let dtype = p_logits.dtype();

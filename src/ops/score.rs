@@ -13,7 +13,7 @@ use super::blocks::{Copied, Feed, InPlace, Layout, Operand, RowResult, TILE};
 use super::job::TASK;
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Scratch, Work};
-use super::targets::{NONE, classes, row_shape};
+use super::targets::{NONE, classes, filled, row_shape};
 use super::with_element;
 
 /// Where the scores go; each has the shape of the rows.
@@ -62,7 +62,7 @@ pub fn score_tokens(exec: &Exec, logits: &Array, axis: usize, tokens: &Array, ig
     let strides = results.map(|(out, _)| with_axes(out.unwrap_or(&scores.logprob).array().strides(), shape.len(), &[axis]));
     let operands: Vec<&[isize]> = core::iter::once(logits.strides()).chain(strides.iter().map(|strides| &strides[..])).collect();
     let layout = Layout::new(shape, axis, &operands);
-    let mut class = vec![NONE; layout.rows.size];
+    let mut class = filled(NONE, layout.rows.size)?;
     classes("tokens", tokens, layout.classes.size, ignore, (&[], 1), &mut class, 1, 0)?;
 
     let x = Operand::new(logits, 0, &layout);
