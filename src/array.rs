@@ -217,6 +217,17 @@ impl<'a> Array<'a> {
         }
     }
 
+    /// Reads the truth values of a run of booleans: nonzero for True.
+    pub(crate) fn read_flags(&self, offset: isize, stride: isize, n: usize, dst: &mut [u8], step: usize) {
+        if self.dtype != DType::Bool || stride != 1 || step != 1 {
+            return self.read(offset, stride, n, dst, step);
+        }
+        self.check(offset, stride, n);
+        let dst = &mut dst[..n];
+        // SAFETY: n adjacent bytes of the extent, checked above; `dst` has as many and is exclusively borrowed.
+        unsafe { core::ptr::copy_nonoverlapping(self.ptr.offset(offset), dst.as_mut_ptr(), n) }
+    }
+
     /// Reads class indices: those equal to `ignore` become `none`. Stops before the first that is not below `limit` and gives its position.
     #[inline(always)]
     pub(crate) fn read_classes(
@@ -316,7 +327,7 @@ macro_rules! from_number {
         }
     )*};
 }
-from_number!(f32 f64 i128);
+from_number!(u8 f32 f64 i128);
 
 impl<'a> Out<'a> {
     /// A writable view.
@@ -1049,6 +1060,12 @@ pub struct Rows<'a, E> {
 pub struct RowsMut<'a, E>(Rows<'a, E>);
 
 impl<'a, E: Element> Rows<'a, E> {
+    /// A single row.
+    #[inline(always)]
+    pub fn single(row: Span<'a, E>) -> Self {
+        Self { base: row.ptr.cast_mut().cast(), offsets: &[0], len: row.len, life: PhantomData }
+    }
+
     /// Row `r`.
     #[inline(always)]
     pub fn row(self, r: usize) -> Span<'a, E> {
@@ -1073,6 +1090,15 @@ impl<'a, E: Element> Rows<'a, E> {
     #[inline(always)]
     pub fn is_empty(self) -> bool {
         self.len == 0
+    }
+
+    /// Where row `r` begins, or would if the rows went on as the first two do.
+    #[inline(always)]
+    pub fn address(self, r: usize) -> *const u8 {
+        let last = self.offsets.len().saturating_sub(1);
+        let stride = if let [first, second, ..] = self.offsets { second - first } else { 0 };
+        let offset = self.offsets.get(r.min(last)).copied().unwrap_or(0) + r.saturating_sub(last) as isize * stride;
+        self.base.wrapping_offset(offset).cast_const()
     }
 
     /// Element `c` of row `r`.
@@ -1109,6 +1135,12 @@ impl<T: Float> Rows<'_, T> {
 }
 
 impl<'a, E: Element> RowsMut<'a, E> {
+    /// A single row.
+    #[inline(always)]
+    pub fn single(row: SpanMut<'a, E>) -> Self {
+        Self(Rows::single(row.0))
+    }
+
     /// Row `r`.
     #[inline(always)]
     pub fn row(self, r: usize) -> SpanMut<'a, E> {
@@ -1130,6 +1162,14 @@ impl<'a, E: Element> RowsMut<'a, E> {
     }
 }
 
+impl<'a, E: Element> RowsMut<'a, E> {
+    /// The same rows, to read.
+    #[inline(always)]
+    pub fn read(self) -> Rows<'a, E> {
+        self.0
+    }
+}
+
 impl<'a, T: Float> RowsMut<'a, T> {
     /// Rows `offsets` bytes into a slice; panics when they are not there.
     #[inline(always)]
@@ -1137,12 +1177,6 @@ impl<'a, T: Float> RowsMut<'a, T> {
         let (low, high) = offsets.ends;
         assert!(offsets.list.is_empty() || low >= 0 && high as usize + len * size_of::<T>() <= size_of_val(slice));
         Self(Rows { base: slice.as_mut_ptr().cast(), offsets: &offsets.list, len, life: PhantomData })
-    }
-
-    /// The same rows, to read.
-    #[inline(always)]
-    pub fn read(self) -> Rows<'a, T> {
-        self.0
     }
 
     /// The inverse of [`Rows::load4`].

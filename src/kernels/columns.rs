@@ -16,7 +16,7 @@ use super::state::{Reference, Summand, Wide, splat};
 pub const BLOCK: usize = 64;
 
 /// Most classes whose vectors run across the rows although the classes are adjacent: transposing costs less than what a row costs by itself.
-pub const MOST: usize = 128;
+pub const MOST: usize = 32;
 
 /// Classes per block of a row: as even as multiples of four allow, so that the last block is not a sliver.
 pub fn block_of(classes: usize) -> usize {

@@ -278,10 +278,23 @@ where
     /// The quick exponentials of many x that are not far above one maximum, see [`Anchored`].
     #[inline(always)]
     pub fn anchor(self, k: V) -> Anchored<V> {
+        let (magic, floor) = self.anchor_parts(k);
+        self.anchored(magic, floor)
+    }
+
+    /// What an anchor has of its k.
+    #[inline(always)]
+    pub fn anchor_parts(self, k: V) -> (V, V) {
         let bias = V::splat(self.isa, V::Elem::EXPONENT_BIAS);
         // 1.5·2^(digits − 1 − STEPS): sums with it are rounded to whole steps.
         let magic = V::splat(self.isa, V::Elem::from_f64(V::Elem::MAGIC.to_f64() / f64::from(1_u32 << V::STEPS)));
-        Anchored { isa: self.isa, hi: self.hi, lo: self.lo, magic: magic + (bias - k), floor: (k - bias) / self.hi, octave: self.octave }
+        (magic + (bias - k), (k - bias) / self.hi)
+    }
+
+    /// An anchor from [`Exp::anchor_parts`].
+    #[inline(always)]
+    pub fn anchored(self, magic: V, floor: V) -> Anchored<V> {
+        Anchored { isa: self.isa, hi: self.hi, lo: self.lo, magic, floor, octave: self.octave }
     }
 }
 

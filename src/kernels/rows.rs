@@ -4,90 +4,76 @@
 //! in one unbroken stream; a block's exponentials are relative to the maximum of everything up to and including it. Only where a block reaches
 //! the running maximum is it looked at again, to count the ties.
 
-use crate::array::{DType, Element, Float, Span, SpanMut, Vf};
-use crate::simd::{Isa, Mask, Scalar, Vector};
+use crate::array::{DType, Element, Float, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::simd::{Isa, Kernel, Mask, Scalar, Vector};
 
+use super::finish::Tile;
 use super::math::{Anchored, Exp, Real};
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: large enough to hide the work between blocks, small enough for two to stay in L1.
 pub const BLOCK: usize = 1024;
 
-/// Supplies a row block by block; blocks are asked for in ascending order.
-pub trait Source<E: Element> {
-    /// Block `index`, in place or gathered into scratch, and the block that will be asked for next, of this row or another: empty when it
-    /// cannot be read yet.
-    fn block(&mut self, index: usize) -> (Span<'_, E>, Span<'_, E>);
+/// A row of logits or of a dense target stream, read block by block.
+pub enum Input<'a, T> {
+    /// There is none.
+    None,
+    /// Where it stands, and what is to be read after it (or nothing).
+    Row {
+        /// The row.
+        row: Span<'a, T>,
+        /// The next one.
+        after: Span<'a, T>,
+    },
+    /// Copied or computed block by block.
+    Made {
+        /// Writes a block into the given elements; asked for in ascending order.
+        fill: &'a mut dyn FnMut(usize, &mut [T]),
+        /// Room for two blocks: one to be read, and the one after it.
+        scratch: &'a mut [T],
+        /// Classes in the row.
+        classes: usize,
+    },
 }
 
-/// A row that can be read where it stands, and the row after it (or nothing).
-#[derive(Clone, Copy)]
-pub struct Direct<'a, E> {
-    /// The row.
-    pub row: Span<'a, E>,
-    /// The next one to be reduced.
-    pub after: Span<'a, E>,
+impl<'a, T: Float> Input<'a, T> {
+    /// A row with nothing after it.
+    pub fn row(row: Span<'a, T>) -> Self {
+        Self::Row { row, after: Span::of(&[]) }
+    }
+
+    /// Block `index`, and the block that will be asked for next, of this row or another: empty when it cannot be read yet. Blocks are asked for in
+    /// ascending order.
+    #[inline(always)]
+    fn block(&mut self, index: usize) -> (Span<'_, T>, Span<'_, T>) {
+        match self {
+            Self::None => (Span::of(&[]), Span::of(&[])),
+            Self::Row { row, after } => {
+                let next = if (index + 1) * BLOCK < row.len() { block_of(*row, index + 1) } else { block_of(*after, 0) };
+                (block_of(*row, index), next)
+            }
+            Self::Made { fill, scratch, classes } => {
+                let len = |index: usize| BLOCK.min(classes.saturating_sub(index * BLOCK));
+                let (even, odd) = scratch.split_at_mut(BLOCK);
+                let (this, other) = if index.is_multiple_of(2) { (even, odd) } else { (odd, even) };
+                if index == 0 {
+                    fill(0, &mut this[..len(0)]);
+                }
+                let next = &mut other[..len(index + 1)];
+                if !next.is_empty() {
+                    fill(index + 1, next);
+                }
+                (Span::of(&this[..len(index)]), Span::of(next))
+            }
+        }
+    }
 }
 
 /// Block `index` of a row; empty past its end.
 #[inline(always)]
-fn block_of<E: Element>(row: Span<'_, E>, index: usize) -> Span<'_, E> {
+fn block_of<T: Element>(row: Span<'_, T>, index: usize) -> Span<'_, T> {
     let start = row.len().min(index * BLOCK);
     row.part(start, BLOCK.min(row.len() - start))
-}
-
-impl<E: Element> Source<E> for Direct<'_, E> {
-    #[inline(always)]
-    fn block(&mut self, index: usize) -> (Span<'_, E>, Span<'_, E>) {
-        let next = if (index + 1) * BLOCK < self.row.len() { block_of(self.row, index + 1) } else { block_of(self.after, 0) };
-        (block_of(self.row, index), next)
-    }
-}
-
-/// A row that is copied or computed block by block.
-pub struct Gathered<'a, T> {
-    /// Writes block `index` into the given elements.
-    pub fill: &'a mut dyn FnMut(usize, &mut [T]),
-    /// Room for one block.
-    pub scratch: &'a mut [T],
-    /// Classes in the row.
-    pub classes: usize,
-}
-
-impl<T: Float> Source<T> for Gathered<'_, T> {
-    #[inline(always)]
-    fn block(&mut self, index: usize) -> (Span<'_, T>, Span<'_, T>) {
-        let len = BLOCK.min(self.classes - index * BLOCK);
-        let scratch = &mut self.scratch[..len];
-        (self.fill)(index, scratch);
-        (Span::of(scratch), Span::of(&[]))
-    }
-}
-
-/// A dense target stream.
-pub enum Stream<'a, T> {
-    /// None.
-    None,
-    /// One value per class.
-    Slice(Span<'a, T>),
-    /// Computed block by block.
-    Gathered(Gathered<'a, T>),
-}
-
-impl<T: Float> Stream<'_, T> {
-    #[inline(always)]
-    fn block(&mut self, index: usize) -> Span<'_, T> {
-        match self {
-            Self::None => Span::of(&[]),
-            Self::Slice(span) => block_of(*span, index),
-            Self::Gathered(gathered) => gathered.block(index).0,
-        }
-    }
-    /// Whether there is one.
-    #[inline(always)]
-    pub fn is_some(&self) -> bool {
-        !matches!(self, Self::None)
-    }
 }
 
 /// What is the same for every block of every row.
@@ -132,9 +118,9 @@ impl<S: Isa, T: Real> Setup<S, T> {
 }
 
 #[inline(always)]
-fn block_max<S: Isa, E: Element>(isa: S, x: Span<E>) -> Vf<S, E::Acc> {
-    let step = Vf::<S, E::Acc>::LANES;
-    let mut max = [Vf::<S, E::Acc>::splat(isa, E::Acc::NEG_INF); 4];
+fn block_max<S: Isa, T: Real>(isa: S, x: Span<T>) -> Vf<S, T> {
+    let step = Vf::<S, T>::LANES;
+    let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let mut i = 0;
     while i + 4 * step <= x.len() {
         let part = x.part(i, 4 * step);
@@ -149,20 +135,20 @@ fn block_max<S: Isa, E: Element>(isa: S, x: Span<E>) -> Vf<S, E::Acc> {
         i += step;
     }
     if i < x.len() {
-        max[1] = x.load_partial(isa, i, x.len() - i, E::from_acc(E::Acc::NEG_INF)).max(max[1]);
+        max[1] = x.load_partial(isa, i, x.len() - i, T::NEG_INF).max(max[1]);
     }
     max[0].max(max[1]).max(max[2].max(max[3]))
 }
 
 /// Says where the first class equal to `top` is and sums the targets of all that are.
 #[inline(always)]
-fn find_top<S: Isa, E: Element>(isa: S, x: Span<E>, t: Span<E::Acc>, top: Vf<S, E::Acc>) -> (usize, Pair) {
-    let step = Vf::<S, E::Acc>::LANES;
+fn find_top<S: Isa, T: Real>(isa: S, x: Span<T>, t: Span<T>, top: Vf<S, T>) -> (usize, Pair) {
+    let step = Vf::<S, T>::LANES;
     let (mut first, mut t_top) = (usize::MAX, Pair::default());
     let mut i = 0;
     while i < x.len() {
         let n = step.min(x.len() - i);
-        let v = if n == step { x.load(isa, i) } else { x.load_partial(isa, i, n, E::from_acc(E::Acc::NEG_INF)) };
+        let v = if n == step { x.load(isa, i) } else { x.load_partial(isa, i, n, T::NEG_INF) };
         let mask = v.eq(top);
         if mask.any() {
             let bits = mask.bits() & (u64::MAX >> (64 - n));
@@ -225,11 +211,11 @@ fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
 /// TOP: the running maximum is among its classes (or LIN, a dense stream, which needs to know of each whether it is). FAR: the maximum is off the
 /// grid of the integer reduction; then x − b first, which is exact or dwarfed by x's own spacing.
 #[inline(always)]
-fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, const FAR: bool>(
+fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, const FAR: bool>(
     isa: S,
     at: &Lanes<Vf<S, T>>,
-    x: Span<E>,
-    next: Span<E>,
+    x: Span<T>,
+    next: Span<T>,
     t: Span<T>,
     dst: SpanMut<T>,
 ) -> Sums<Vf<S, T>> {
@@ -267,7 +253,7 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool
     let seen = if fused { i.min(next.len()) } else { 0 };
     while i < len {
         let n = step.min(len - i);
-        let v = x.load_partial(isa, i, n, E::from_acc(T::NEG_INF));
+        let v = x.load_partial(isa, i, n, T::NEG_INF);
         let e = at.at.parts(if FAR { v - at.b } else { v });
         if STORE {
             dst.store_partial(isa, i, n, e.0 * e.1);
@@ -291,44 +277,64 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const LIN: bool, const STORE: bool
     }
 }
 
-/// The maximum of a block that was taken in the loop over the block before it; none at the start.
-pub type Known<S, T> = Option<Vf<S, T>>;
-
 /// Classes whose logits are to be told: when their block is read, because before that they are cold, and after that they may be gone.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Wanted<'a> {
     /// The classes.
     pub classes: &'a [usize],
-    /// Their logits, from `logits[0]` on.
-    pub logits: [f64; 2],
+    /// Gets their logits.
+    pub logits: &'a mut [f64],
 }
 
-/// Work that is done in between, so that memory is not idle while arithmetic goes on.
-pub trait Beside {
-    /// Called after block `index`.
-    fn block(&mut self, index: usize);
-}
-
-impl Beside for () {
-    #[inline(always)]
-    fn block(&mut self, _index: usize) {}
-}
-
-/// Reads `classes` classes of a row. With STORE, e = exp(x − b)·2^−k is written to `dst`, `references[i]` being that of block i; `dst` may be the
-/// row itself. `known` is the maximum of the first block, and then that of the block `x` has ahead at its end.
+/// Classes that are summed in one go: few enough additions to an accumulator in a row, a whole block of float32 on wide vectors, less of it on narrow
+/// ones. Float64 has nothing wider to go to, and fewer digits to spare.
 #[inline(always)]
-pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, B: Beside, const LIN: bool, const STORE: bool>(
-    setup: &Setup<S, T>,
-    classes: usize,
-    x: &mut X,
-    t: &mut Stream<T>,
-    dst: SpanMut<T>,
-    references: &mut [Reference],
-    known: &mut Known<S, T>,
-    wanted: &mut Wanted,
-    beside: &mut B,
-) -> State {
-    let isa = setup.isa;
+fn stretch<S: Isa, T: Real>() -> usize {
+    let accumulators = if S::REGISTERS < 32 { 2 } else { 4 };
+    let additions = if T::DTYPE == DType::F64 { 8 } else { 16 };
+    BLOCK.min(if Vf::<S, T>::LANES < 4 { 8 } else { additions * accumulators * Vf::<S, T>::LANES })
+}
+
+/// One row to be reduced, as a kernel; its result is the state of the row.
+pub struct Reduce<'a, T> {
+    /// 1 / temperature.
+    pub scale: f64,
+    /// Classes in the row.
+    pub classes: usize,
+    /// The logits.
+    pub x: Input<'a, T>,
+    /// The dense target stream.
+    pub t: Input<'a, T>,
+    /// Where e = exp(x − b)·2^−k goes, if anywhere; may be the row itself.
+    pub dst: Option<SpanMut<'a, T>>,
+    /// The reference of block i at i, as far as there is room.
+    pub references: &'a mut [Reference],
+    /// The maximum of the first block, if it is known, and then that of the block that `x` has ahead at its end.
+    pub known: &'a mut Option<T>,
+    /// Logits to be told.
+    pub wanted: Wanted<'a>,
+    /// Called after each block: work that is done in between, so that memory is not idle while arithmetic goes on.
+    pub beside: Option<&'a mut dyn FnMut(usize)>,
+}
+
+impl<T: Summand> Kernel for Reduce<'_, T> {
+    type Output = State;
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> State {
+        match (matches!(self.t, Input::None), self.dst.is_some()) {
+            (true, false) => reduce::<S, T, false, false>(isa, self),
+            (true, true) => reduce::<S, T, false, true>(isa, self),
+            (false, false) => reduce::<S, T, true, false>(isa, self),
+            (false, true) => reduce::<S, T, true, true>(isa, self),
+        }
+    }
+}
+
+#[inline(always)]
+fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: Reduce<T>) -> State {
+    let Reduce { scale, classes, mut x, mut t, dst, references, known, wanted, mut beside } = job;
+    let setup = &Setup::<S, T>::new(isa, scale);
+    let dst = dst.unwrap_or(SpanMut::of(&mut []));
     let mut max = T::NEG_INF;
     let mut reference = Reference::of(max, &setup.exp1, setup.scale);
     let mut at = setup.lanes(reference, max);
@@ -338,49 +344,46 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, B: Beside, 
     for index in 0..classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
         let (block, next) = x.block(index);
-        let dense = t.block(index);
-        let block_top = match known.take() {
-            Some(v) => v,
-            None => block_max(isa, block),
+        let dense = t.block(index).0;
+        let candidate = match known.take() {
+            Some(top) => top,
+            None => block_max(isa, block).reduce_max(),
         };
-        let tops = at.top.le(block_top).any();
-        if tops {
-            let candidate = block_top.reduce_max();
-            if candidate > max {
-                let moved = Reference::of(candidate, &setup.exp1, setup.scale);
-                if max > T::NEG_INF {
-                    let factor = reference.factor(moved, setup.scale);
-                    // The old maxima join the rest, and every distance to the maximum grows.
-                    rest.scale(isa, factor);
-                    rest_extra.scale(factor);
-                    rest_extra.add(ties * exp_f64(isa, (max.to_f64() - moved.b) * setup.scale, moved.k));
-                    if LIN {
-                        t_extra.merge(t_top);
-                        let mut weight = T::total(t_rest);
-                        weight.merge(t_extra);
-                        if weight.value() != 0.0 {
-                            weight.scale(candidate.to_f64() - max.to_f64());
-                            lin_extra.merge(weight);
-                        }
-                    }
-                } else if LIN {
-                    // Everything so far was −inf: nothing in the rest, and targets there already made `lin` infinite.
+        let tops = max <= candidate;
+        if candidate > max {
+            let moved = Reference::of(candidate, &setup.exp1, setup.scale);
+            if max > T::NEG_INF {
+                let factor = reference.factor(moved, setup.scale);
+                // The old maxima join the rest, and every distance to the maximum grows.
+                rest.scale(isa, factor);
+                rest_extra.scale(factor);
+                rest_extra.add(ties * exp_f64(isa, (max.to_f64() - moved.b) * setup.scale, moved.k));
+                if LIN {
                     t_extra.merge(t_top);
+                    let mut weight = T::total(t_rest);
+                    weight.merge(t_extra);
+                    if weight.value() != 0.0 {
+                        weight.scale(candidate.to_f64() - max.to_f64());
+                        lin_extra.merge(weight);
+                    }
                 }
-                t_top = Pair::default();
-                ties = 0.0;
-                max = candidate;
-                reference = moved;
-                at = setup.lanes(reference, max);
-                arg = usize::MAX;
+            } else if LIN {
+                // Everything so far was −inf: nothing in the rest, and targets there already made `lin` infinite.
+                t_extra.merge(t_top);
             }
+            t_top = Pair::default();
+            ties = 0.0;
+            max = candidate;
+            reference = moved;
+            at = setup.lanes(reference, max);
+            arg = usize::MAX;
         }
         if STORE && let Some(known) = references.get_mut(index) {
             *known = reference;
         }
-        for (&class, logit) in wanted.classes.iter().zip(&mut wanted.logits) {
+        for (&class, logit) in wanted.classes.iter().zip(wanted.logits.iter_mut()) {
             if (start..start + block.len()).contains(&class) {
-                *logit = block.get(class - start).to_acc().to_f64();
+                *logit = block.get(class - start).to_f64();
             }
         }
         let far = reference.b != 0.0 || max >= T::MAX;
@@ -389,11 +392,7 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, B: Beside, 
             arg = arg.min(start.saturating_add(first));
             t_top.merge(weight);
         }
-        // Few enough additions to an accumulator in a row: a whole block of float32 on wide vectors, less of it on narrow ones. Float64 has nothing
-        // wider to go to, and fewer digits to spare.
-        let accumulators = if S::REGISTERS < 32 { 2 } else { 4 };
-        let additions = if T::DTYPE == DType::F64 { 8 } else { 16 };
-        let stretch = BLOCK.min(if Vf::<S, T>::LANES < 4 { 8 } else { additions * accumulators * Vf::<S, T>::LANES });
+        let stretch = stretch::<S, T>();
         let mut from = 0;
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         while from < block.len() {
@@ -405,9 +404,9 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, B: Beside, 
             // The last stretch takes all that is left of the next block.
             let next = next.part(at_next, if from + n < block.len() { n.min(next.len() - at_next) } else { next.len() - at_next });
             let sums = match (far, tops || LIN) {
-                (false, false) => pass::<S, E, T, LIN, STORE, false, false>(isa, &at, x, next, t, to),
-                (false, true) => pass::<S, E, T, LIN, STORE, true, false>(isa, &at, x, next, t, to),
-                (true, _) => pass::<S, E, T, LIN, STORE, true, true>(isa, &at, x, next, t, to),
+                (false, false) => pass::<S, T, LIN, STORE, false, false>(isa, &at, x, next, t, to),
+                (false, true) => pass::<S, T, LIN, STORE, true, false>(isa, &at, x, next, t, to),
+                (true, _) => pass::<S, T, LIN, STORE, true, true>(isa, &at, x, next, t, to),
             };
             next_top = sums.next.max(next_top);
             ties += sums.ties as f64;
@@ -418,8 +417,10 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, B: Beside, 
             }
             from += n;
         }
-        *known = (!next.is_empty()).then_some(next_top);
-        beside.block(index);
+        *known = if next.is_empty() { None } else { Some(next_top.reduce_max()) };
+        if let Some(beside) = &mut beside {
+            beside(index);
+        }
     }
     rest_extra.merge(T::total(rest));
     if LIN {
@@ -427,6 +428,150 @@ pub fn reduce<S: Isa, E: Element<Acc = T>, T: Summand, X: Source<E>, B: Beside, 
         t_extra.merge(T::total(t_rest));
     }
     State { max: max.to_f64(), ties, arg, reference, rest: rest_extra, lin: lin_extra, t_rest: t_extra, t_top: t_top.value() }
+}
+
+/// Rows of one block each, without a dense stream, as a kernel: their states go to the tile, from its first row on.
+///
+/// Rows whose maximum is off the grid of the integer reduction, or infinite, are left as they are, with NaN for the number of their ties; the
+/// result says whether there are any.
+pub struct Short<'a, T> {
+    /// 1 / temperature.
+    pub scale: f64,
+    /// The logits of at most [`MOST_SHORT`] rows.
+    pub x: Rows<'a, T>,
+    /// Where the exponentials go, if anywhere; may be the rows themselves.
+    pub dst: Option<RowsMut<'a, T>>,
+    /// A class of each row, or nothing: their logits go to `x_target`.
+    pub classes: &'a [usize],
+    /// Gets `max`, `ties`, `k`, `b` and `rest`.
+    pub tile: &'a mut Tile,
+}
+
+/// Most rows in one go of [`Short`].
+pub const MOST_SHORT: usize = 64;
+
+/// Bytes of rows whose maxima are taken before the first of them is read again: they are still in L1 then.
+const TOGETHER: usize = 16 << 10;
+
+impl<T: Summand> Kernel for Short<'_, T> {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> bool {
+        if self.dst.is_some() { short::<S, T, true>(isa, self) } else { short::<S, T, false>(isa, self) }
+    }
+}
+
+#[inline(always)]
+fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
+    const GROUP: usize = 16;
+    let Short { scale, x, dst, classes, tile } = job;
+    let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
+    let exp = Exp::<Vf<S, T>>::new(isa, scale);
+    let limit = T::from_f64(T::LIMIT.to_f64() / scale);
+    let together = (TOGETHER / (x.len() * size_of::<T>()).max(1)).clamp(4, GROUP);
+    let (mut top, mut magic, mut floor) = ([T::ZERO; GROUP], [T::ZERO; GROUP], [T::ZERO; GROUP]);
+    let mut left = false;
+    let mut first = 0;
+    while first < x.count() {
+        let n = together.min(x.count() - first);
+        for (r, top) in top[..n].iter_mut().enumerate() {
+            let row = x.row(first + r);
+            *top = block_max(isa, row).reduce_max();
+            if let Some(&class) = classes.get(first + r) {
+                tile.x_target[first + r] = row.get(class).to_f64();
+            }
+        }
+        for j in (0..n).step_by(Vf::<S, T>::LANES) {
+            let max = Span::of(&top).load(isa, j);
+            let near = Vf::<S, T>::select(max.abs().le(Vf::<S, T>::splat(isa, limit)), max, splat::<S, T>(isa, 0.0));
+            let k = exp.reference(near);
+            let parts = exp.anchor_parts(k);
+            SpanMut::of(&mut magic).store(isa, j, parts.0);
+            SpanMut::of(&mut floor).store(isa, j, parts.1);
+            T::store_wide(isa, max, SpanMut::of(&mut tile.max), first + j);
+            T::store_wide(isa, k, SpanMut::of(&mut tile.k), first + j);
+        }
+        for r in 0..n {
+            let slot = first + r;
+            tile.b[slot] = 0.0;
+            if top[r].to_f64().abs() > limit.to_f64() {
+                tile.ties[slot] = f64::NAN;
+                left = true;
+                continue;
+            }
+            let at = exp.anchored(Vf::<S, T>::splat(isa, magic[r]), Vf::<S, T>::splat(isa, floor[r]));
+            let dst = if STORE { dst.row(slot) } else { SpanMut::of(&mut []) };
+            let (row, ahead) = (x.row(slot), x.address(slot + n));
+            let (rest, ties) = sum_row::<S, T, STORE>(isa, &at, Vf::<S, T>::splat(isa, top[r]), row, ahead, dst);
+            (tile.rest[slot], tile.ties[slot]) = (rest, ties as f64);
+        }
+        first += n;
+    }
+    left
+}
+
+/// The sum of the exponentials of a row but for its maxima, and their number. Memory is asked for what lies `ahead`, a row that is read later.
+#[inline(always)]
+fn sum_row<S: Isa, T: Summand, const STORE: bool>(
+    isa: S,
+    at: &Anchored<Vf<S, T>>,
+    top: Vf<S, T>,
+    x: Span<T>,
+    ahead: *const u8,
+    dst: SpanMut<T>,
+) -> (f64, usize) {
+    let step = Vf::<S, T>::LANES;
+    let own = if S::REGISTERS < 32 { 1 } else { 3 };
+    let mut wide = Wide::zero(isa);
+    let mut below = 0;
+    let mut i = 0;
+    while i < x.len() {
+        let end = x.len().min(i + stretch::<S, T>());
+        let mut rest = [splat::<S, T>(isa, 0.0); 4];
+        while i + 4 * step <= end {
+            for u in 0..4 {
+                isa.prefetch(ahead.wrapping_add((i + u * step) * size_of::<T>()));
+                let v = x.load(isa, i + u * step);
+                let (p, q) = at.parts(v);
+                if STORE {
+                    dst.store(isa, i + u * step, p * q);
+                }
+                // Unordered: a NaN is not the maximum and so reaches the sum.
+                let others = v.ne(top);
+                rest[u & own] = rest[u & own].fma_where(others, p, q);
+                below += others.count();
+            }
+            i += 4 * step;
+        }
+        while i + step <= end {
+            isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
+            let v = x.load(isa, i);
+            let (p, q) = at.parts(v);
+            if STORE {
+                dst.store(isa, i, p * q);
+            }
+            let others = v.ne(top);
+            rest[1] = rest[1].fma_where(others, p, q);
+            below += others.count();
+            i += step;
+        }
+        if i < end {
+            let n = end - i;
+            isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
+            let v = x.load_partial(isa, i, n, T::NEG_INF);
+            let (p, q) = at.parts(v);
+            if STORE {
+                dst.store_partial(isa, i, n, p * q);
+            }
+            let others = v.ne(top);
+            rest[0] = rest[0].fma_where(others, p, q);
+            below += others.count() - (step - n);
+            i = end;
+        }
+        let [a, b, c, d] = rest;
+        T::add(isa, &mut wide, (a + b) + (c + d));
+    }
+    (T::total(wide).value(), x.len() - below)
 }
 
 /// Values to be written, vector by vector.
@@ -437,7 +582,7 @@ trait Values<S: Isa, T: Real> {
 
 /// Writes values; `past` the caches if wanted.
 #[inline(always)]
-fn write<S: Isa, E: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: &W, dst: SpanMut<E>, past: bool) {
+fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: &W, dst: SpanMut<O>, past: bool) {
     let step = Vf::<S, T>::LANES;
     let len = dst.read().len();
     let mut i = 0;
@@ -505,103 +650,159 @@ impl<S: Isa, T: Real> Values<S, T> for Stored<'_, Vf<S, T>> {
     }
 }
 
-struct Anew<'a, E, V: Vector> {
-    x: Span<'a, E>,
+/// Exponentials that are multiplied in two steps.
+struct Balanced<'a, V: Vector> {
+    stored: Stored<'a, V>,
+    factor: V,
+}
+
+impl<S: Isa, T: Real> Values<S, T> for Balanced<'_, Vf<S, T>> {
+    #[inline(always)]
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
+        self.stored.scaling.whole(isa, i, self.stored.e.load(isa, i) * self.factor)
+    }
+    #[inline(always)]
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        self.stored.scaling.partial(isa, i, n, self.stored.e.load_partial(isa, i, n, T::ZERO) * self.factor)
+    }
+}
+
+struct Anew<'a, V: Vector> {
+    x: Span<'a, V::Elem>,
     at: Anchored<V>,
     b: V,
     scaling: Scaling<'a, V>,
 }
 
-impl<S: Isa, E: Element<Acc = T>, T: Real> Values<S, T> for Anew<'_, E, Vf<S, T>> {
+impl<S: Isa, T: Real> Values<S, T> for Anew<'_, Vf<S, T>> {
     #[inline(always)]
     fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
         self.scaling.whole(isa, i, self.at.exp2(self.x.load(isa, i) - self.b))
     }
     #[inline(always)]
     fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        let x = self.x.load_partial(isa, i, n, E::from_acc(T::NEG_INF));
-        self.scaling.partial(isa, i, n, self.at.exp2(x - self.b))
+        self.scaling.partial(isa, i, n, self.at.exp2(self.x.load_partial(isa, i, n, T::NEG_INF) - self.b))
     }
 }
 
-struct Logs<'a, E, V> {
-    x: Span<'a, E>,
+struct Logs<'a, V: Vector> {
+    x: Span<'a, V::Elem>,
     max: V,
     scale: V,
     log_sum: V,
 }
 
-impl<S: Isa, E: Element<Acc = T>, T: Real> Values<S, T> for Logs<'_, E, Vf<S, T>> {
+impl<S: Isa, T: Real> Values<S, T> for Logs<'_, Vf<S, T>> {
     #[inline(always)]
     fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
         (self.x.load(isa, i) - self.max) * self.scale - self.log_sum
     }
     #[inline(always)]
     fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        (self.x.load_partial(isa, i, n, E::from_acc(T::ZERO)) - self.max) * self.scale - self.log_sum
+        (self.x.load_partial(isa, i, n, T::ZERO) - self.max) * self.scale - self.log_sum
     }
 }
 
-/// What the results of a row are made with.
-#[derive(Clone, Copy, Debug)]
-pub struct Row {
-    /// Its maximum.
-    pub max: f64,
-    /// Its reference.
-    pub reference: Reference,
-    /// Logarithm of the sum, relative to the maximum.
-    pub log_sum: f64,
-    /// Multiplies the exponentials.
-    pub a: f64,
-    /// Multiplies the dense stream.
-    pub slope: f64,
-    /// No product of the first kind is larger: 1 for probabilities.
+/// What results are made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum From {
+    /// Exponentials.
+    Stored,
+    /// Logits, whose exponentials are computed again.
+    Anew,
+    /// Logits, for log-probabilities: `(x − max)·scale − log_sum`, in this order, where neither step cancels.
+    Logs,
+}
+
+/// Results of rows that were finished, or of one block of a row, as a kernel: `min(a·e, most) − slope·t`.
+pub struct Emit<'a, T, O> {
+    /// 1 / temperature.
+    pub scale: f64,
+    /// What `src` holds.
+    pub from: From,
+    /// No product of `a` and an exponential is larger: 1 for probabilities.
     pub most: f64,
+    /// The coefficients, those of row r at `first + r`.
+    pub tile: &'a Tile,
+    /// See there.
+    pub first: usize,
+    /// Logits or exponentials.
+    pub src: Rows<'a, T>,
+    /// The dense stream, or nothing.
+    pub t: Span<'a, T>,
+    /// References of the exponentials, block by block of all rows; those of the rows where it is empty.
+    pub references: &'a [Reference],
+    /// The results; may be where `src` is.
+    pub dst: RowsMut<'a, O>,
+    /// Whether they go past the caches.
+    pub past: bool,
 }
 
-impl<S: Isa, T: Real> Setup<S, T> {
-    /// `factor` and `a` once more, so that neither their product nor `a` leaves the normal numbers where the result does not.
+impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
+    type Output = ();
     #[inline(always)]
-    fn balanced(a: f64, factor: f64) -> (f64, f64) {
-        let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
-        let shift = if (a * factor).abs() < tiny { (T::BIAS.to_f64()).exp2() } else { 1.0 };
-        if shift == 1.0 { (a * factor, 1.0) } else { (a * shift, factor / shift) }
-    }
-
-    #[inline(always)]
-    fn scaling<'a>(&self, row: &Row, a: f64, t: Span<'a, T>) -> Scaling<'a, Vf<S, T>> {
-        let isa = self.isa;
-        Scaling { a: splat::<S, T>(isa, a), most: splat::<S, T>(isa, row.most), g: splat::<S, T>(isa, row.slope), t }
-    }
-
-    /// Writes `a·e − slope·t` for one block of exponentials stored relative to `reference`; `dst` may be where they stand.
-    #[inline(always)]
-    pub fn emit_stored<E: Element<Acc = T>>(&self, row: &Row, reference: Reference, e: SpanMut<T>, t: Span<T>, dst: SpanMut<E>) {
-        let (a, factor) = Self::balanced(row.a, reference.factor(row.reference, self.scale));
-        if factor != 1.0 {
-            let first = Row { most: f64::INFINITY, ..*row };
-            let values = Stored { e: e.read(), scaling: self.scaling(&first, factor, Span::of(&[])) };
-            write(self.isa, &values, e, false);
+    fn run<S: Isa>(self, isa: S) {
+        let exp = Exp::<Vf<S, T>>::new(isa, self.scale);
+        let len = self.src.len();
+        let blocks = len.div_ceil(BLOCK);
+        for r in 0..self.src.count() {
+            let (src, dst) = (self.src.row(r), self.dst.row(r));
+            if self.references.is_empty() {
+                self.part(isa, &exp, self.first + r, None, src, self.t, dst);
+                continue;
+            }
+            for (index, &reference) in self.references[r * blocks..][..blocks].iter().enumerate() {
+                let (start, n) = (index * BLOCK, BLOCK.min(len - index * BLOCK));
+                let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
+                self.part(isa, &exp, self.first + r, Some(reference), src.part(start, n), t, dst.part(start, n));
+            }
         }
-        write(self.isa, &Stored { e: e.read(), scaling: self.scaling(row, a, t) }, dst, false);
+        if self.past {
+            isa.fence();
+        }
     }
+}
 
-    /// Writes `a·exp(x − reference) − slope·t` for one block, `past` the caches if wanted.
+impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
     #[inline(always)]
-    pub fn emit_exp<E: Element<Acc = T>, O: Element<Acc = T>>(&self, row: &Row, x: Span<E>, t: Span<T>, dst: SpanMut<O>, past: bool) {
-        let (a, factor) = Self::balanced(row.a, 1.0);
-        let k = row.reference.k - factor.log2();
-        let at = self.exp.anchor(splat::<S, T>(self.isa, k));
-        write(self.isa, &Anew { x, at, b: splat::<S, T>(self.isa, row.reference.b), scaling: self.scaling(row, a, t) }, dst, past);
-    }
-
-    /// Writes `(x − max)·scale − log_sum` for one block, in this order: neither step cancels.
-    #[inline(always)]
-    pub fn emit_log<E: Element<Acc = T>, O: Element<Acc = T>>(&self, row: &Row, x: Span<E>, dst: SpanMut<O>, past: bool) {
-        let [max, scale, log_sum] = [row.max, self.scale, row.log_sum].map(|v| T::from_f64(v));
-        let isa = self.isa;
-        let values =
-            Logs { x, max: Vf::<S, T>::splat(isa, max), scale: Vf::<S, T>::splat(isa, scale), log_sum: Vf::<S, T>::splat(isa, log_sum) };
-        write(isa, &values, dst, past);
+    fn part<S: Isa>(
+        &self,
+        isa: S,
+        exp: &Exp<Vf<S, T>>,
+        slot: usize,
+        reference: Option<Reference>,
+        src: Span<T>,
+        t: Span<T>,
+        dst: SpanMut<O>,
+    ) {
+        let tile = self.tile;
+        let own = Reference { k: tile.k[slot], b: tile.b[slot] };
+        if self.from == From::Logs {
+            let max = splat::<S, T>(isa, tile.max[slot]);
+            let (scale, log_sum) = (splat::<S, T>(isa, self.scale), splat::<S, T>(isa, tile.log_sum[slot]));
+            return write(isa, &Logs { x: src, max, scale, log_sum }, dst, self.past);
+        }
+        // In one factor, unless it leaves the normal numbers where the result may not.
+        let factor = reference.map_or(1.0, |reference| reference.factor(own, self.scale));
+        let a = tile.a[slot];
+        let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
+        let shift = T::BIAS.to_f64().exp2();
+        let (a, factor) = match ((a * factor).abs() < tiny, a.abs() < tiny) {
+            (false, _) => (a * factor, 1.0),
+            (true, false) => (a, factor),
+            (true, true) => (a * shift, factor / shift),
+        };
+        let slope = if t.is_empty() { 0.0 } else { tile.slope[slot] };
+        let scaling = Scaling { a: splat::<S, T>(isa, a), most: splat::<S, T>(isa, self.most), g: splat::<S, T>(isa, slope), t };
+        if self.from == From::Anew {
+            let at = exp.anchor(splat::<S, T>(isa, own.k - factor.log2()));
+            return write(isa, &Anew { x: src, at, b: splat::<S, T>(isa, own.b), scaling }, dst, self.past);
+        }
+        let stored = Stored { e: src, scaling };
+        if factor == 1.0 {
+            write(isa, &stored, dst, false);
+        } else {
+            write(isa, &Balanced { stored, factor: splat::<S, T>(isa, factor) }, dst, false);
+        }
     }
 }

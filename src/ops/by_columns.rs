@@ -4,15 +4,15 @@
 
 use crate::array::{Array, Columns, ColumnsMut, DType, Element, Offsets, Out, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Reduce};
-use crate::kernels::finish::{Plain, Terms, Tile, WIDTH, finish};
-use crate::kernels::state::{Pair, Summand, Wide};
+use crate::kernels::finish::{Terms, Tile, WIDTH};
+use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Vector};
 
-use super::job::{Job, Kind, OUT, PROBS, RESULT, UPSTREAM, X};
+use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
 use super::plan::Path;
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::source::{dense_row, gather, gather_logits, row_spread, scatter, shared_stream, unbend, unbend_patches};
-use super::targets::NONE;
+use super::source::{Masked, Product, dense_row, flags, gather, row_spread, scatter, shared_stream, softcap, unbend_patches};
+use super::strip::{Finish, Strip, Sum, ignored, prepare, targets};
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
 const ROOM: usize = 16 << 10;
@@ -24,55 +24,10 @@ const STREAM: usize = 16 << 20;
 /// The most lanes of a vector: tiles are filled up to a multiple of it.
 const LANES: usize = 16;
 
-/// Rows of one tile and where to put them.
-struct Strip<'j, 'a> {
-    job: &'j Job<'a>,
-    kept: &'j [usize],
-    /// Whether the rows follow each other along the innermost row axis.
-    run: bool,
-}
-
-impl<'j, 'a> Strip<'j, 'a> {
-    fn new(job: &'j Job<'a>, kept: &'j [usize]) -> Self {
-        let run = match kept {
-            [first, .., last] => last - first + 1 == kept.len() && first % job.rows.inner_len() + kept.len() <= job.rows.inner_len(),
-            _ => true,
-        };
-        Self { job, kept, run }
-    }
-
+impl Strip<'_, '_> {
     /// The path of an operand for this strip: rows with gaps between them are not columns.
     fn path(&self, path: Path) -> Path {
         if path == Path::Columns && !self.run { Path::Gathered } else { path }
-    }
-
-    /// Whether `count` classes of the rows of an operand are one run of memory.
-    fn adjacent(&self, operand: usize, count: usize, size: usize) -> bool {
-        let (classes, rows) = (&self.job.classes, &self.job.rows);
-        self.run
-            && count == classes.size
-            && classes.inner_stride(operand) == size as isize
-            && (self.kept.len() == 1 || rows.inner_stride(operand) == (count * size) as isize)
-    }
-
-    /// The byte offset of the first row of an operand, `shift` added, and those of the rows from there; the last one is repeated up to `count`.
-    fn offsets<'o>(&self, operand: usize, shift: isize, count: usize, offsets: &'o mut Offsets) -> (isize, &'o Offsets) {
-        let (rows, kept) = (&self.job.rows, self.kept);
-        let base = rows.offset(operand, kept[0]) + shift;
-        if self.run {
-            return (base, offsets.run(rows.inner_stride(operand), kept.len(), count));
-        }
-        let last = kept.len() - 1;
-        (base, offsets.set((0..count.max(kept.len())).map(|i| rows.offset(operand, kept[i.min(last)]) + shift - base)))
-    }
-
-    /// The same as one long row if the rows are one run of memory, and the length of a row.
-    fn flat<'o>(&self, operand: usize, shift: isize, count: usize, size: usize, offsets: &'o mut Offsets) -> ((isize, &'o Offsets), usize) {
-        if self.adjacent(operand, count, size) {
-            ((self.job.rows.offset(operand, self.kept[0]), offsets.run(0, 1, 1)), self.kept.len() * count)
-        } else {
-            (self.offsets(operand, shift, 0, offsets), count)
-        }
     }
 
     /// Fills a tile with `count` classes from `first` on of an operand with elements `E`.
@@ -83,7 +38,7 @@ impl<'j, 'a> Strip<'j, 'a> {
         path: Path,
         (first, count): (usize, usize),
         (tile, stride): (&mut [T], usize),
-        offsets: &mut [Offsets; 2],
+        offsets: &mut [Offsets; 3],
         flat: &mut Vec<T>,
     ) {
         let (job, n) = (self.job, self.kept.len());
@@ -121,11 +76,7 @@ impl<'j, 'a> Strip<'j, 'a> {
             }
             Path::Gathered => {
                 for (slot, &row) in self.kept.iter().enumerate() {
-                    if operand == X {
-                        gather_logits(job, row, first, &mut tile[slot..], count, stride);
-                    } else {
-                        gather(array, operand, &job.classes, job.rows.offset(operand, row), first, &mut tile[slot..], count, stride);
-                    }
+                    gather(array, operand, &job.classes, job.rows.offset(operand, row), first, &mut tile[slot..], count, stride);
                 }
             }
         }
@@ -137,7 +88,7 @@ impl<'j, 'a> Strip<'j, 'a> {
         out: &Out,
         (first, count): (usize, usize),
         (tile, stride): (&[T], usize),
-        offsets: &mut [Offsets; 2],
+        offsets: &mut [Offsets; 3],
         flat: &mut Vec<T>,
     ) {
         let (job, n) = (self.job, self.kept.len());
@@ -176,17 +127,6 @@ impl<'j, 'a> Strip<'j, 'a> {
                     scatter(out, &job.classes, job.rows.offset(OUT, row), first, &tile[slot..], count, stride);
                 }
             }
-        }
-    }
-
-    /// Calls `run(operand offset, stride, slot, n)` for runs of rows of a row operand.
-    fn runs(&self, operand: usize, mut run: impl FnMut(isize, isize, usize, usize)) {
-        let rows = &self.job.rows;
-        if self.run && !self.kept.is_empty() {
-            return run(rows.offset(operand, self.kept[0]), rows.inner_stride(operand), 0, self.kept.len());
-        }
-        for (slot, &row) in self.kept.iter().enumerate() {
-            run(rows.offset(operand, row), 0, slot, 1);
         }
     }
 }
@@ -241,45 +181,6 @@ impl<T: Work> Kernel for Read<'_, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         columns::reduce(isa, self.0, self.1);
-    }
-}
-
-/// The coefficients of a strip. The sum of its losses, which are rounded to the type of the rows.
-struct Finish<'s> {
-    terms: &'s Terms,
-    tile: &'s mut Tile,
-    rows: usize,
-    single: bool,
-}
-
-impl Kernel for Finish<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) {
-        finish(isa, self.terms, self.tile, 0, self.rows);
-        if self.terms.loss && self.single {
-            let loss = SpanMut::of(&mut self.tile.loss);
-            for j in (0..self.rows).step_by(S::F32::LANES) {
-                let rounded = <f32 as Summand>::load_wide(isa, loss.read(), j);
-                <f32 as Summand>::store_wide(isa, rounded, loss, j);
-            }
-        }
-    }
-}
-
-/// The sum of the losses of a strip.
-struct Sum<'s>(&'s mut [f64], usize);
-
-impl Kernel for Sum<'_> {
-    type Output = Pair;
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) -> Pair {
-        self.0[self.1..self.1.next_multiple_of(S::F64::LANES)].fill(0.0);
-        let mut sum = Wide::zero(isa);
-        for j in (0..self.1).step_by(S::F64::LANES) {
-            <f64 as Summand>::add(isa, &mut sum, Span::of(self.0).load(isa, j));
-        }
-        <f64 as Summand>::total(sum)
     }
 }
 
@@ -339,17 +240,57 @@ struct Operands<'s, 'j, 'a, E, T> {
     scaled: bool,
     keep: &'s [T],
     spread: &'s [T],
-    offsets: &'s mut [Offsets; 2],
+    offsets: &'s mut [Offsets; 3],
     flat: &'s mut Vec<T>,
+    slope: &'s mut Vec<T>,
+    mask: Vec<u8>,
+    /// What smoothing gives each class of a row, where every row has a dense stream of its own, and the first row that is being filled.
+    spreads: Vec<f64>,
+    from: usize,
     /// The logits of the sparse targets, as in the tile, once their blocks were filled.
     x_target: Vec<f64>,
     element: core::marker::PhantomData<E>,
 }
 
 impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
+    /// The logits, bent.
     fn x(&mut self, strip: &Strip, x: &mut [T], classes: (usize, usize)) {
         let job = strip.job;
-        strip.fill::<E, T>(job.x, X, job.tile_read, classes, (x, self.stride), self.offsets, self.flat);
+        strip.fill::<E, T>(job.x, X, job.tile_read, classes, (&mut *x, self.stride), self.offsets, self.flat);
+        if !job.bend.is_some() {
+            return;
+        }
+        let x = &mut x[..classes.1 * self.stride];
+        if let Some(cap) = job.bend.softcap {
+            softcap(job.level, cap, false, x);
+        }
+        self.masked(strip, x, classes, T::NEG_INF);
+    }
+
+    /// Sets what is under False.
+    fn masked(&mut self, strip: &Strip, x: &mut [T], (first, count): (usize, usize), to: T) {
+        let job = strip.job;
+        let Some(array) = job.bend.mask else { return };
+        self.mask.resize(self.mask.len().max(x.len()), 1);
+        for (slot, &row) in strip.kept.iter().enumerate() {
+            flags(job, array, row, first, &mut self.mask[slot..], count, self.stride);
+        }
+        job.level.run(Masked { mask: &self.mask, to, x });
+    }
+
+    /// Multiplies gradients by what bending did to the logits. Read before the logits are overwritten.
+    fn unbend(&mut self, strip: &Strip, gradient: &mut [T], classes: (usize, usize)) {
+        let job = strip.job;
+        let gradient = &mut gradient[..classes.1 * self.stride];
+        if let Some(cap) = job.bend.softcap {
+            let mut slope = core::mem::take(self.slope);
+            let factors = room(&mut slope, gradient.len());
+            strip.fill::<E, T>(job.x, X, job.tile_read, classes, (&mut *factors, self.stride), self.offsets, self.flat);
+            softcap(job.level, cap, true, factors);
+            job.level.run(Product { x: &mut *gradient, by: factors });
+            *self.slope = slope;
+        }
+        self.masked(strip, gradient, classes, T::ZERO);
     }
 
     /// The dense stream that each row has of its own.
@@ -365,8 +306,10 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
                 }
             }
             _ => {
+                let mut block = [T::ZERO; BLOCK];
                 for (slot, &row) in strip.kept.iter().enumerate() {
-                    dense_row(job, row, first, &mut dense[slot..], count, stride);
+                    dense_row(job, row, self.spreads[self.from + slot], first, &mut block[..count]);
+                    block[..count].iter().enumerate().for_each(|(c, &t)| dense[c * stride + slot] = t);
                 }
             }
         }
@@ -377,6 +320,7 @@ impl<E: Element<Acc = T>, T: Work> Blocks<T> for Operands<'_, '_, '_, E, T> {
     fn fill(&mut self, x: &mut [T], dense: &mut [T], first: usize, count: usize, from: usize, width: usize) {
         let kept = self.strip.kept;
         let strip = Strip::new(self.strip.job, &kept[from..kept.len().min(from + width)]);
+        self.from = from;
         self.x(&strip, x, (first, count));
         targets(&strip, |slot, j, class| {
             let class = class.wrapping_sub(first);
@@ -428,24 +372,6 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     sum
 }
 
-/// Zero results and gradients of the rows that were left out.
-fn ignored(job: &Job, start: usize, end: usize, kept: &[usize]) {
-    let mut at = 0;
-    for row in start..end {
-        if kept.get(at) == Some(&row) {
-            at += 1;
-            continue;
-        }
-        if let Some(result) = job.result {
-            result.set(job.rows.offset(RESULT, row), 0.0);
-        }
-        if let Some(out) = job.out {
-            let base = job.rows.offset(OUT, row);
-            job.classes.runs(OUT, 0, job.classes.size, |offset, stride, _, n| out.zero(base + offset, stride, n));
-        }
-    }
-}
-
 /// One strip: fills, reduces, finishes, emits. The sum of its losses.
 fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch) -> Pair {
     let Strip { job, kept, .. } = *strip;
@@ -453,7 +379,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let few = classes <= BLOCK;
     let mut offsets = core::mem::take(&mut scratch.offsets);
     let (tile, buffers, _) = T::buffers(scratch);
-    let Buffers { x, dense, shared, block: flat } = buffers;
+    let Buffers { x, dense, shared, block: flat, slope, .. } = buffers;
     shared_stream(job, shared);
     let own = job.own_dense();
     // Scales and offsets of the probabilities, if they are not the target mass themselves.
@@ -474,8 +400,22 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let plain = prepare(strip, tile);
     let x_target = if few { Vec::new() } else { core::mem::take(&mut tile.x_target) };
     let offsets = &mut offsets;
-    let mut operands =
-        Operands::<E, T> { strip, stride, scaled, keep, spread, offsets, flat, x_target, element: core::marker::PhantomData };
+    let spreads = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
+    let mut operands = Operands::<E, T> {
+        strip,
+        stride,
+        scaled,
+        keep,
+        spread,
+        offsets,
+        flat,
+        slope,
+        mask: Vec::new(),
+        spreads,
+        from: 0,
+        x_target,
+        element: core::marker::PhantomData,
+    };
     if few {
         operands.x(strip, x, (0, classes));
         if own {
@@ -512,7 +452,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     } else if stored {
         targets(strip, |slot, j, class| tile.e_target[j * WIDTH + slot] = x[class * stride + slot].to_f64());
     }
-    job.level.run(Finish { terms: &terms, tile, rows: n, single: T::DTYPE == DType::F32 });
+    job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
     // Only adjacent rows are in a strip without being kept.
     let left_out = !job.weights.all && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row));
     if left_out || classes == 0 && job.kind == Kind::Loss {
@@ -528,6 +468,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
         columns::balance(ColumnsMut::of(x, stride, depth, stride), n, tile, stored);
         // Half a block at a time where it is read again: the tile is as large as L1.
         let depth = if few { depth } else { columns::block_of(classes) / 2 };
+        operands.from = 0;
         for first in (0..classes).step_by(depth) {
             let count = depth.min(classes - first);
             if !few {
@@ -545,7 +486,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
             let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
             job.level.run(Emit { scale, x: ColumnsMut::of(x, stride, count, stride), width: n, dense: stream, tile, log, stored, most });
             if job.bend.is_some() {
-                (0..n).for_each(|slot| unbend(job, kept[slot], first, &mut x[slot..], count, stride));
+                operands.unbend(strip, x, (first, count));
             }
             if job.kind == Kind::Loss {
                 patch(strip, tile, &mut x[..], stride, index, (first, count));
@@ -561,19 +502,6 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let sum = if job.kind == Kind::Loss { job.level.run(Sum(&mut tile.loss, n)) } else { Pair::default() };
     scratch.offsets = core::mem::take(offsets);
     sum
-}
-
-/// Calls `with(slot, entry, class)` for every sparse target of a strip.
-#[inline(always)]
-fn targets(strip: &Strip, mut with: impl FnMut(usize, usize, usize)) {
-    let Some(labels) = &strip.job.labels else { return };
-    for (slot, &row) in strip.kept.iter().enumerate() {
-        for (j, &class) in labels.class[row * labels.entries..][..labels.entries].iter().enumerate() {
-            if class != NONE {
-                with(slot, j, class as usize);
-            }
-        }
-    }
 }
 
 /// The exact values at a lone maximum and at the sparse targets.
@@ -595,51 +523,4 @@ fn patch<T: Work>(strip: &Strip, tile: &Tile, x: &mut [T], stride: usize, index:
             x[class * stride + slot] = T::from_f64(tile.patch[j * WIDTH + slot]);
         }
     });
-}
-
-/// Fills the inputs of `finish` that do not depend on the logits, unless they are the same for every row.
-fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
-    let Strip { job, kept, .. } = *strip;
-    let (n, entries) = (kept.len(), job.terms.entries);
-    tile.reserve(entries);
-    if job.kind != Kind::Loss {
-        return None;
-    }
-    let single = job.labels.as_ref().is_none_or(|labels| entries == 1 && labels.share.is_empty());
-    if single && job.weight.is_empty() && job.bend.mask.is_none() && !job.weights.sampled() && job.upstream.is_none() {
-        return Some(Plain { g: job.g, mass: job.keep, mass_all: job.keep + job.spread });
-    }
-    tile.weight[..n].fill(1.0);
-    tile.g[..n].fill(job.g);
-    if job.weights.sampled() {
-        for (slot, &row) in kept.iter().enumerate() {
-            tile.weight[slot] = job.weights.sample_weight(row);
-            tile.g[slot] *= tile.weight[slot];
-        }
-    }
-    if let Some(upstream) = job.upstream {
-        let mut values = [0.0; WIDTH];
-        strip.runs(UPSTREAM, |offset, stride, slot, n| upstream.read(offset, stride, n, &mut values[slot..], 1));
-        tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
-    }
-    let Some(labels) = &job.labels else { return None };
-    for (slot, &row) in kept.iter().enumerate() {
-        for j in 0..entries {
-            tile.mass[j * WIDTH + slot] = 0.0;
-            tile.mass_all[j * WIDTH + slot] = 0.0;
-            tile.x_target[j * WIDTH + slot] = 0.0;
-        }
-        let spread = row_spread(job, row);
-        for (j, class, share) in labels.row(row) {
-            let w = job.weight.get(class).copied().unwrap_or(1.0);
-            let mass = share * job.keep * w;
-            let mut all = mass;
-            if entries > 1 {
-                all = labels.row(row).filter(|&(_, other, _)| other == class).map(|(_, _, share)| share * job.keep * w).sum();
-            }
-            tile.mass[j * WIDTH + slot] = mass;
-            tile.mass_all[j * WIDTH + slot] = all + spread * w;
-        }
-    }
-    None
 }

@@ -1,319 +1,415 @@
 //! Tasks whose vectors run along the classes: the kernels of [`crate::kernels::rows`].
+//!
+//! Rows are read where they stand if they are adjacent elements of the type that is computed in, otherwise they are copied to scratch, or block by
+//! block if they are long. Results are written where they belong, or to scratch first.
 
-use crate::array::{Element, Out, Span, SpanMut};
-use crate::kernels::finish::{Tile, WIDTH, finish};
-use crate::kernels::rows::{self, Beside, Direct, Gathered, Known, Row, Setup, Source, Stream, Wanted};
-use crate::kernels::state::{Reference, State};
-use crate::simd::Isa;
+use crate::array::{DType, Element, Out, Rows, RowsMut, Span, SpanMut};
+use crate::kernels::columns;
+use crate::kernels::finish::{Terms, Tile, WIDTH};
+use crate::kernels::rows::{BLOCK, Emit, From, Input, MOST_SHORT, Reduce, Short, Wanted};
+use crate::kernels::state::{Pair, Reference, State};
+use crate::simd::{Isa, Kernel};
 use crate::tunables::tunables;
 
-use super::job::{Job, Kind, OUT, Stores, X, prepare};
-use super::plan::Path;
+use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::source::{dense_row, gather_logits, scatter, shared_stream, unbend, unbend_patches};
+use super::source::{dense_row, logits, row_spread, scatter, shared_stream, unbend, unbend_patches};
+use super::strip::{Finish, Strip, Sum, ignored, prepare, targets};
+use super::targets::NONE;
+
+/// Bytes of short rows that are worked on together: they stay in L1, or not far from it, until they are written.
+const ROOM: usize = 32 << 10;
+
+/// Bytes of exponentials of long rows that are kept in scratch, where they cannot be kept in the result: part of L2.
+const KEPT: usize = 256 << 10;
+
+/// Bytes of a row from which on stores past the caches pay: at both ends of a row they share lines with its neighbours.
+const STREAMED: usize = 2 << 10;
 
 /// Rows of so many classes are long: what was read of them is not in the first cache any more when they are written.
-const LONG: usize = 4 * rows::BLOCK;
+const LONG: usize = 4 * BLOCK;
 
-/// How the results of a call are made from rows that are read and written in place.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// No results of the logits' size, or not in place.
-    Other,
-    /// From the exponentials, kept where the results will stand.
-    Stored,
-    /// From the exponentials, computed again.
-    Anew,
-    /// From the logits.
-    Logs,
-}
-
-fn way<T: Element, E: Element>(job: &Job, direct: bool) -> Way {
-    if job.out.is_none() || !direct || job.write != Path::Rows {
-        return Way::Other;
-    }
-    if job.kind == Kind::LogSoftmax {
-        Way::Logs
-    } else if E::DTYPE == T::DTYPE && (job.stores != Stores::PastAnew || job.classes.size < LONG) {
-        Way::Stored
+/// Rows `first..last`; the sum of their losses.
+pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch) -> Pair {
+    let short = job.classes.size <= BLOCK && !job.terms.dense;
+    let width = if short {
+        (ROOM / (job.classes.size * size_of::<T>())).clamp(16, MOST_SHORT)
+    } else if job.out.is_some() {
+        // Rows that are finished together stay in the cache until they are written.
+        (tunables().group_bytes / (job.classes.size * size_of::<T>())).clamp(1, 16)
     } else {
-        Way::Anew
-    }
-}
-
-/// A row that was read and is to be written, a block at a time.
-struct Pending<'p, S: Isa, E: Element>
-where
-    E::Acc: Work,
-{
-    setup: &'p Setup<S, E::Acc>,
-    way: Way,
-    row: Row,
-    x: Span<'p, E>,
-    out: SpanMut<'p, E>,
-    /// The same memory, as the type that exponentials are stored in.
-    e: SpanMut<'p, E::Acc>,
-    references: &'p [Reference],
-    past: bool,
-}
-
-impl<S: Isa, E: Element> Beside for Option<Pending<'_, S, E>>
-where
-    E::Acc: Work,
-{
-    #[inline(always)]
-    fn block(&mut self, index: usize) {
-        if let Some(pending) = self {
-            pending.emit(index, Span::of(&[]));
+        16
+    };
+    let mut sum = Pair::default();
+    let mut kept = [0; WIDTH];
+    let mut known = None;
+    let mut row = first;
+    while row < last {
+        let (start, mut n) = (row, 0);
+        while row < last && n < width {
+            kept[n] = row;
+            n += usize::from(job.kept(row));
+            row += 1;
         }
-    }
-}
-
-impl<S: Isa, E: Element> Pending<'_, S, E>
-where
-    E::Acc: Work,
-{
-    #[inline(always)]
-    fn emit(&self, index: usize, t: Span<E::Acc>) {
-        let out = block(self.out.read(), index);
-        let dst = self.out.part(out.0, out.1);
-        match self.way {
-            Way::Stored => self.setup.emit_stored(&self.row, self.references[index], self.e.part(out.0, out.1), t, dst),
-            Way::Logs => self.setup.emit_log(&self.row, self.x.part(out.0, out.1), dst, self.past),
-            _ => self.setup.emit_exp(&self.row, self.x.part(out.0, out.1), t, dst, self.past),
-        }
-    }
-}
-
-/// Start and length of block `index` of a row.
-#[inline(always)]
-fn block<E: Element>(row: Span<E>, index: usize) -> (usize, usize) {
-    let start = index * rows::BLOCK;
-    (start, rows::BLOCK.min(row.len() - start))
-}
-
-/// Works on rows that are finished together. `next` is the row after them, whose first maximum goes to `known`.
-#[inline(always)]
-pub(super) fn work_rows<S: Isa, E: Element<Acc = T>, T: Work, const DIRECT: bool>(
-    isa: S,
-    job: &Job,
-    kept: &[usize],
-    next: Option<usize>,
-    known: &mut Known<S, T>,
-    scratch: &mut Scratch,
-) {
-    let (tile, buffers, references) = T::buffers(scratch);
-    // The logits of one or two targets are read with their blocks.
-    let late = DIRECT && job.terms.entries <= 2;
-    prepare::<T>(job, kept, tile, !late);
-    let setup = Setup::<S, T>::new(isa, job.terms.scale);
-    let classes = job.classes.size;
-    let blocks = classes.div_ceil(rows::BLOCK);
-    shared_stream(job, &mut buffers.shared);
-    room(&mut buffers.dense, rows::BLOCK);
-    room(&mut buffers.block, rows::BLOCK);
-    room(&mut buffers.x, rows::BLOCK);
-    let way = way::<T, E>(job, DIRECT);
-    if way == Way::Stored && references.len() < blocks * kept.len() {
-        references.resize(blocks * kept.len(), Reference { k: 0.0, b: 0.0 });
-    }
-    let beside = way != Way::Other && !job.terms.dense && job.stores != Stores::Cached && classes >= tunables().beside_from;
-    let mut left = &mut references[..];
-    let mut pending: Option<Pending<S, E>> = None;
-    for (slot, &row) in kept.iter().enumerate() {
-        let (own, rest) = left.split_at_mut(if way == Way::Stored { blocks } else { 0 });
-        left = rest;
-        let dst = match job.out {
-            Some(out) if way == Way::Stored => out.span::<T>(job.rows.offset(OUT, row), classes),
-            _ => SpanMut::of(&mut []),
-        };
-        let mut classes_of = [0; 2];
-        let mut entries = 0;
-        if late && let Some(labels) = &job.labels {
-            for (j, class, _) in labels.row(row) {
-                classes_of[j] = class;
-                entries = j + 1;
+        if n > 0 {
+            let strip = Strip::new(job, &kept[..n]);
+            if short {
+                sum.merge(short_rows::<E, T>(&strip, scratch));
+            } else {
+                let next = (row..last).find(|&row| job.kept(row));
+                sum.merge(long_rows::<E, T>(&strip, next, &mut known, scratch));
             }
         }
-        let mut wanted = Wanted { classes: &classes_of[..entries], logits: [0.0; 2] };
-        let Buffers { x, dense, shared, .. } = buffers;
-        let dense = Dense { job, row, scratch: dense, shared };
-        let state = if DIRECT {
-            let span = |row| job.x.span::<E>(job.rows.offset(X, row), classes);
-            let mut source = Direct { row: span(row), after: kept.get(slot + 1).copied().or(next).map_or_else(|| Span::of(&[]), span) };
-            reduce_row(&setup, dense, &mut source, dst, own, known, &mut wanted, &mut pending, way == Way::Stored)
-        } else {
-            let mut fill = |index: usize, dst: &mut [T]| gather_logits(job, row, index * rows::BLOCK, dst, dst.len(), 1);
-            let mut source = Gathered { fill: &mut fill, scratch: &mut x[..], classes };
-            reduce_row(&setup, dense, &mut source, dst, own, known, &mut wanted, &mut (), false)
-        };
-        put(tile, slot, &state);
-        for j in 0..entries {
-            tile.x_target[j * WIDTH + slot] = wanted.logits[j];
+        if row - start > n {
+            ignored(job, start, row, &kept[..n]);
         }
-        if DIRECT
-            && beside
-            && let Some(out) = job.out
-        {
-            finish(isa, &job.terms, tile, slot, slot + 1);
-            let (from, to) = (job.rows.offset(X, row), job.rows.offset(OUT, row));
-            pending = Some(Pending {
-                setup: &setup,
-                way,
-                row: row_of(job, tile, slot),
-                x: job.x.span::<E>(from, classes),
-                out: out.span::<E>(to, classes),
-                e: dst,
-                references: own,
-                past: job.stores != Stores::Cached,
+    }
+    sum
+}
+
+/// How the results of a call come about.
+#[derive(Clone, Copy)]
+#[allow(clippy::struct_excessive_bools)]
+struct Way {
+    /// Whether logits are read where they stand.
+    direct: bool,
+    /// Whether exponentials are kept.
+    store: bool,
+    /// Whether they are kept where the results will stand.
+    in_result: bool,
+    /// Whether results go where they belong at once: otherwise there is something to be done before, or they do not stand together.
+    at_once: bool,
+}
+
+impl Way {
+    fn of<E: Element, T: Work>(job: &Job) -> Self {
+        let same = E::DTYPE == T::DTYPE;
+        let store = job.out.is_some() && job.kind != Kind::LogSoftmax;
+        // Probabilities may be under False of a mask, where the gradient is 0 all the same.
+        let bent = job.bend.softcap.is_some() || job.bend.mask.is_some() && job.probs.is_some();
+        let at_once = job.direct_out && !bent;
+        Self { direct: job.direct && same, store, in_result: store && at_once && same, at_once }
+    }
+}
+
+/// Rows of one block each.
+fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch) -> Pair {
+    let Strip { job, kept, .. } = *strip;
+    let (classes, n) = (job.classes.size, kept.len());
+    let mut offsets = core::mem::take(&mut scratch.offsets);
+    let (tile, Buffers { x: copy, .. }, _) = T::buffers(scratch);
+    let plain = prepare(strip, tile);
+    let Way { direct, store, in_result, at_once } = Way::of::<E, T>(job);
+    let [here, there, local] = &mut offsets;
+    let pitch = classes.next_multiple_of(16);
+    let local = local.run((pitch * size_of::<T>()) as isize, n, n);
+    let copy = room(copy, n * pitch);
+    if !direct {
+        for (slot, &row) in kept.iter().enumerate() {
+            logits::<E, T>(job, row, 0, &mut copy[slot * pitch..][..classes]);
+        }
+    }
+    let copied = RowsMut::of(copy, local, classes);
+    let x = if direct {
+        let (base, rows) = strip.offsets(X, 0, 0, here);
+        job.x.rows::<T>(base, rows, classes)
+    } else {
+        copied.read()
+    };
+    let out = job.out.map(|out| (out, if job.direct_out { strip.offsets(OUT, 0, 0, there) } else { (0, &*there) }));
+    let e = match out {
+        Some((out, (base, rows))) if in_result => Some(out.rows::<T>(base, rows, classes)),
+        _ => store.then_some(copied),
+    };
+    let mut target = [0; MOST_SHORT];
+    let target = match &job.labels {
+        Some(labels) if labels.entries == 1 => {
+            target.iter_mut().zip(kept).for_each(|(target, &row)| *target = labels.class[row].max(0) as usize);
+            &target[..n]
+        }
+        _ => {
+            targets(strip, |slot, j, class| tile.x_target[j * WIDTH + slot] = x.get(slot, class).to_f64());
+            &[]
+        }
+    };
+    let scale = job.terms.scale;
+    if job.level.run(Short { scale, x, dst: e, classes: target, tile }) {
+        for slot in 0..n {
+            if !tile.ties[slot].is_nan() {
+                continue;
+            }
+            let state = job.level.run(Reduce {
+                scale,
+                classes,
+                x: Input::row(x.row(slot)),
+                t: Input::None,
+                dst: e.map(|e| e.row(slot)),
+                references: &mut [],
+                known: &mut None,
+                wanted: Wanted { classes: &[], logits: &mut [] },
+                beside: None,
             });
+            put(tile, slot, &state);
+        }
+    }
+    let terms = Terms { plain, ..job.terms };
+    job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
+    if let Some((out, (base, rows))) = out {
+        unbend_patches(job, kept, tile);
+        let emit = Results { job, from: if store { From::Stored } else { From::Logs }, tile, first: 0 };
+        let src = e.map_or(x, RowsMut::read);
+        if at_once {
+            emit.write::<E, T>(src, Span::of(&[]), &[], out.rows::<E>(base, rows, classes));
+        } else {
+            emit.write::<T, T>(src, Span::of(&[]), &[], copied);
+            for (slot, &row) in kept.iter().enumerate() {
+                unbend_and_write::<E, T>(job, out, row, 0, &mut copy[slot * pitch..][..classes]);
+            }
+        }
+        match &job.labels {
+            Some(labels) if labels.entries == 1 && job.direct_out => {
+                let result = out.rows::<E>(base, rows, classes);
+                for (slot, (&row, &class)) in kept.iter().zip(target).enumerate() {
+                    if labels.class[row] != NONE {
+                        result.set(slot, class, E::from_f64(tile.patch[slot]));
+                    }
+                }
+                clear(strip, tile, out, at_once);
+            }
+            _ => patch::<E>(strip, tile, out, at_once),
+        }
+    }
+    let sum = settle(strip, tile);
+    scratch.offsets = offsets;
+    sum
+}
+
+/// Rows of many blocks, or with a dense stream. `next` is the row after them, whose first maximum goes to `known`.
+fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, known: &mut Option<T>, scratch: &mut Scratch) -> Pair {
+    let Strip { job, kept, .. } = *strip;
+    let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
+    let blocks = classes.div_ceil(BLOCK);
+    let (tile, Buffers { x: copy, dense, shared, block, slope: exponentials }, references) = T::buffers(scratch);
+    shared_stream(job, shared);
+    let plain = prepare(strip, tile);
+    let terms = Terms { plain, ..job.terms };
+    let mut way = Way::of::<E, T>(job);
+    if way.in_result && way.direct && job.stores == Stores::PastAnew && classes >= LONG || !way.in_result && classes * size_of::<T>() > KEPT
+    {
+        (way.store, way.in_result) = (false, false);
+    }
+    let Way { direct, store, in_result, at_once } = way;
+    let from = match job.kind {
+        Kind::LogSoftmax => From::Logs,
+        _ if store => From::Stored,
+        _ => From::Anew,
+    };
+    let (copy, dense, block) = (room(copy, 2 * BLOCK), room(dense, 2 * BLOCK), room(block, BLOCK));
+    let exponentials = room(exponentials, if store && !in_result { n * classes } else { 0 });
+    let (shared, own) = (&shared[..], job.own_dense());
+    let spreads: Vec<f64> = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
+    references.resize(references.len().max(blocks * n), Reference { k: 0.0, b: 0.0 });
+    let line = |row: usize| job.x.span::<T>(job.rows.offset(X, row), classes);
+    let result = |row: usize| job.out.filter(|_| job.direct_out).map(|out| out.span::<E>(job.rows.offset(OUT, row), classes));
+    let exponentials = SpanMut::of(exponentials);
+    let stored = |slot: usize| match job.out {
+        Some(out) if in_result => out.span::<T>(job.rows.offset(OUT, kept[slot]), classes),
+        _ => exponentials.part(slot * classes, classes),
+    };
+    // What results are made of where that is not in scratch.
+    let source = |slot: usize| match job.out {
+        Some(out) if in_result => out.span::<T>(job.rows.offset(OUT, kept[slot]), classes).read(),
+        _ => line(kept[slot]),
+    };
+    // A row is written while the next one is read.
+    let beside = direct
+        && at_once
+        && (!store || in_result)
+        && !terms.dense
+        && job.out.is_some()
+        && job.stores != Stores::Cached
+        && classes >= tunables().beside_from;
+    let (single, level) = (T::DTYPE == DType::F32, job.level);
+    for (slot, &row) in kept.iter().enumerate() {
+        let spread = spreads.get(slot).copied().unwrap_or(0.0);
+        let mut fill = |index: usize, dst: &mut [T]| logits::<E, T>(job, row, index * BLOCK, dst);
+        let mut fill_dense = |index: usize, dst: &mut [T]| dense_row(job, row, spread, index * BLOCK, dst);
+        let x = if direct {
+            let after = kept.get(slot + 1).copied().or(next).map_or(Span::of(&[]), line);
+            Input::Row { row: line(row), after }
+        } else {
+            Input::Made { fill: &mut fill, scratch: copy, classes }
+        };
+        let t = match (terms.dense && job.kind == Kind::Loss, own) {
+            (false, _) => Input::None,
+            (true, false) => Input::row(Span::of(&shared[..classes])),
+            (true, true) => Input::Made { fill: &mut fill_dense, scratch: dense, classes },
+        };
+        // The logits of one or two targets are read with their blocks.
+        let (mut classes_of, mut entries) = ([0; 2], 0);
+        if let Some(labels) = &job.labels {
+            for (j, class, _) in labels.row(row) {
+                if labels.entries <= 2 {
+                    (classes_of[j], entries) = (class, j + 1);
+                } else {
+                    let mut x = [T::ZERO];
+                    logits::<E, T>(job, row, class, &mut x);
+                    tile.x_target[j * WIDTH + slot] = x[0].to_f64();
+                }
+            }
+        }
+        let mut target_logits = [0.0; 2];
+        let wanted = Wanted { classes: &classes_of[..entries], logits: &mut target_logits };
+        let (before, here) = references.split_at_mut(slot * blocks);
+        let finished = &*tile;
+        let mut pending = |index: usize| {
+            if let Some(slot) = slot.checked_sub(1)
+                && index < blocks
+            {
+                let results = Results { job, from, tile: finished, first: slot };
+                results.block::<E, T>(source(slot), if store { &before[slot * blocks..] } else { &[] }, index, result(kept[slot]));
+            }
+        };
+        let state = level.run(Reduce {
+            scale,
+            classes,
+            x,
+            t,
+            dst: store.then(|| stored(slot)),
+            references: &mut here[..blocks],
+            known,
+            wanted,
+            beside: if beside { Some(&mut pending) } else { None },
+        });
+        put(tile, slot, &state);
+        for (j, logit) in target_logits[..entries].iter().enumerate() {
+            tile.x_target[j * WIDTH + slot] = *logit;
+        }
+        if beside {
+            level.run(Finish { terms: &terms, tile, rows: (slot, slot + 1), single });
         }
     }
     if beside {
+        let results = Results { job, from, tile, first: n - 1 };
         for index in 0..blocks {
-            pending.block(index);
+            let references = if store { &references[(n - 1) * blocks..] } else { &[] };
+            results.block::<E, T>(source(n - 1), references, index, result(kept[n - 1]));
         }
-        return fence(isa, job);
-    }
-    finish(isa, &job.terms, tile, 0, kept.len());
-    if job.out.is_some() {
-        unbend_patches(job, kept, tile);
-    }
-    let Some(out) = job.out else { return };
-    for (slot, &row) in kept.iter().enumerate() {
-        emit_row::<S, E, T, DIRECT>(&setup, job, out, row, row_of(job, tile, slot), way, &references[..], slot * blocks, buffers);
-    }
-    fence(isa, job);
-}
-
-#[inline(always)]
-fn fence<S: Isa>(isa: S, job: &Job) {
-    if job.stores != Stores::Cached {
-        isa.fence();
-    }
-}
-
-fn row_of(job: &Job, tile: &Tile, slot: usize) -> Row {
-    let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
-    Row {
-        max: tile.max[slot],
-        reference: Reference { k: tile.k[slot], b: tile.b[slot] },
-        log_sum: tile.log_sum[slot],
-        a: tile.a[slot],
-        slope: if job.kind == Kind::Loss { tile.slope[slot] } else { 0.0 },
-        most,
-    }
-}
-
-/// Where the dense stream of a row comes from.
-struct Dense<'d, 'a, T> {
-    job: &'d Job<'a>,
-    row: usize,
-    scratch: &'d mut [T],
-    shared: &'d [T],
-}
-
-#[inline(always)]
-fn reduce_row<S: Isa, E: Element<Acc = T>, T: Work, Src: Source<E>, B: Beside>(
-    setup: &Setup<S, T>,
-    dense: Dense<T>,
-    x: &mut Src,
-    dst: SpanMut<T>,
-    references: &mut [Reference],
-    known: &mut Known<S, T>,
-    wanted: &mut Wanted,
-    beside: &mut B,
-    store: bool,
-) -> State {
-    let Dense { job, row, scratch, shared } = dense;
-    let classes = job.classes.size;
-    let fill: &mut dyn FnMut(usize, &mut [T]) = &mut |index, dst: &mut [T]| dense_row(job, row, index * rows::BLOCK, dst, dst.len(), 1);
-    let mut stream = if !job.terms.dense {
-        Stream::None
-    } else if !job.own_dense() {
-        Stream::Slice(Span::of(&shared[..classes]))
     } else {
-        Stream::Gathered(Gathered { fill, scratch, classes })
-    };
-    let t = &mut stream;
-    match (job.terms.dense, store && E::DTYPE == T::DTYPE) {
-        (false, false) => rows::reduce::<S, E, T, _, _, false, false>(setup, classes, x, t, dst, references, known, wanted, beside),
-        (false, true) => rows::reduce::<S, E, T, _, _, false, true>(setup, classes, x, t, dst, references, known, wanted, beside),
-        (true, false) => rows::reduce::<S, E, T, _, _, true, false>(setup, classes, x, t, dst, references, known, wanted, &mut ()),
-        (true, true) => rows::reduce::<S, E, T, _, _, true, true>(setup, classes, x, t, dst, references, known, wanted, &mut ()),
+        level.run(Finish { terms: &terms, tile, rows: (0, n), single });
     }
-}
-
-fn dense_block<'b, T: Work>(job: &Job, row: usize, index: usize, dense: &'b mut [T], shared: &'b [T]) -> Span<'b, T> {
-    let start = index * rows::BLOCK;
-    let n = rows::BLOCK.min(job.classes.size - start);
-    if job.kind != Kind::Loss || !job.terms.dense {
-        Span::of(&[])
-    } else if job.own_dense() {
-        dense_row(job, row, start, &mut dense[..n], n, 1);
-        Span::of(&dense[..n])
-    } else {
-        Span::of(&shared[start..start + n])
-    }
-}
-
-/// Writes a row after it was finished.
-#[inline(always)]
-fn emit_row<S: Isa, E: Element<Acc = T>, T: Work, const DIRECT: bool>(
-    setup: &Setup<S, T>,
-    job: &Job,
-    out: &Out,
-    row: usize,
-    values: Row,
-    way: Way,
-    references: &[Reference],
-    first: usize,
-    buffers: &mut Buffers<T>,
-) {
-    let classes = job.classes.size;
-    let (from, to) = (job.rows.offset(X, row), job.rows.offset(OUT, row));
-    for index in 0..classes.div_ceil(rows::BLOCK) {
-        let start = index * rows::BLOCK;
-        let n = rows::BLOCK.min(classes - start);
-        let Buffers { x, dense, shared, block } = buffers;
-        let t = dense_block(job, row, index, dense, shared);
-        if DIRECT && way != Way::Other {
-            let e = if way == Way::Stored { out.span::<T>(to, classes) } else { SpanMut::of(&mut []) };
-            let pending = Pending {
-                setup,
-                way,
-                row: values,
-                x: job.x.span::<E>(from, classes),
-                out: out.span::<E>(to, classes),
-                e,
-                references: references.get(first..).unwrap_or_default(),
-                past: job.stores != Stores::Cached,
-            };
-            pending.emit(index, t);
+    let Some(out) = job.out else { return settle(strip, tile) };
+    unbend_patches(job, kept, tile);
+    for (slot, &row) in kept.iter().enumerate().filter(|_| !beside) {
+        let results = Results { job, from, tile, first: slot };
+        let references = if store { &references[slot * blocks..][..blocks] } else { &[] };
+        let src = if store {
+            Some(stored(slot).read())
+        } else if direct {
+            Some(line(row))
+        } else {
+            None
+        };
+        if at_once
+            && (!terms.dense || !own)
+            && let (Some(src), Some(dst)) = (src, result(row))
+        {
+            let t = if terms.dense && job.kind == Kind::Loss { Span::of(&shared[..classes]) } else { Span::of(&[]) };
+            results.write::<E, T>(Rows::single(src), t, references, RowsMut::single(dst));
             continue;
         }
-        // Not in place on at least one side: read into scratch, written from scratch.
-        let block = &mut block[..n];
-        let dst = SpanMut::of(block);
-        if DIRECT {
-            emit_block(setup, job, &values, job.x.span::<E>(from, classes).part(start, n), t, dst);
-        } else {
-            gather_logits(job, row, start, x, n, 1);
-            emit_block(setup, job, &values, Span::of(&x[..n]), t, dst);
+        let spread = spreads.get(slot).copied().unwrap_or(0.0);
+        for index in 0..blocks {
+            let start = index * BLOCK;
+            let count = BLOCK.min(classes - start);
+            let t = match (terms.dense && job.kind == Kind::Loss, own) {
+                (false, _) => Span::of(&[]),
+                (true, false) => Span::of(&shared[start..start + count]),
+                (true, true) => {
+                    dense_row(job, row, spread, start, &mut dense[..count]);
+                    Span::of(&dense[..count])
+                }
+            };
+            let src = if let Some(src) = src {
+                src.part(start, count)
+            } else {
+                logits::<E, T>(job, row, start, &mut copy[..count]);
+                Span::of(&copy[..count])
+            };
+            let references = references.get(index..=index).unwrap_or_default();
+            match result(row) {
+                Some(dst) if at_once => {
+                    results.write::<E, T>(Rows::single(src), t, references, RowsMut::single(dst.part(start, count)));
+                }
+                _ => {
+                    let block = &mut block[..count];
+                    results.write::<T, T>(Rows::single(src), t, references, RowsMut::single(SpanMut::of(block)));
+                    unbend_and_write::<E, T>(job, out, row, start, block);
+                }
+            }
         }
-        if job.bend.is_some() {
-            unbend(job, row, start, block, n, 1);
-        }
-        scatter(out, &job.classes, to, start, block, n, 1);
+    }
+    patch::<E>(strip, tile, out, at_once);
+    settle(strip, tile)
+}
+
+/// What results are made with.
+#[derive(Clone, Copy)]
+struct Results<'r, 'j, 'a> {
+    job: &'j Job<'a>,
+    from: From,
+    tile: &'r Tile,
+    /// The slot of the first row.
+    first: usize,
+}
+
+impl Results<'_, '_, '_> {
+    fn write<O: Element<Acc = T>, T: Work>(self, src: Rows<T>, t: Span<T>, references: &[Reference], dst: RowsMut<O>) {
+        let Self { job, from, tile, first } = self;
+        let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
+        let past = job.stores != Stores::Cached && dst.read().len() * size_of::<O>() >= STREAMED;
+        job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, t, references, dst, past });
+    }
+
+    /// Block `index` of a row at `x` that is not in scratch.
+    fn block<E: Element<Acc = T>, T: Work>(self, x: Span<T>, references: &[Reference], index: usize, dst: Option<SpanMut<E>>) {
+        let Some(dst) = dst else { return };
+        let (start, count) = (index * BLOCK, BLOCK.min(x.len() - index * BLOCK));
+        let dst = dst.part(start, count);
+        self.write::<E, T>(
+            Rows::single(x.part(start, count)),
+            Span::of(&[]),
+            references.get(index..=index).unwrap_or_default(),
+            RowsMut::single(dst),
+        );
     }
 }
 
-#[inline(always)]
-fn emit_block<S: Isa, E: Element<Acc = T>, T: Work>(setup: &Setup<S, T>, job: &Job, values: &Row, x: Span<E>, t: Span<T>, dst: SpanMut<T>) {
-    if job.kind == Kind::LogSoftmax {
-        setup.emit_log(values, x, dst, false);
+/// Finishes a block of gradients in scratch and writes it where it belongs.
+fn unbend_and_write<E: Element<Acc = T>, T: Work>(job: &Job, out: &Out, row: usize, start: usize, block: &mut [T]) {
+    if job.bend.is_some() {
+        unbend::<E, T>(job, row, start, block);
+    }
+    let base = job.rows.offset(OUT, row);
+    if job.direct_out {
+        let dst = out.span::<E>(base + (start * size_of::<E>()) as isize, block.len());
+        job.level.run(Narrow { src: Span::of(block), dst });
     } else {
-        setup.emit_exp(values, x, t, dst, false);
+        scatter(out, &job.classes, base, start, block, block.len(), 1);
+    }
+}
+
+/// To adjacent elements, rounded once.
+struct Narrow<'s, E, T> {
+    src: Span<'s, T>,
+    dst: SpanMut<'s, E>,
+}
+
+impl<E: Element<Acc = T>, T: Work> Kernel for Narrow<'_, E, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        columns::narrow(isa, self.src, self.dst);
     }
 }
 
@@ -327,4 +423,51 @@ fn put(tile: &mut Tile, slot: usize, state: &State) {
     tile.lin[slot] = state.lin.value();
     tile.t_rest[slot] = state.t_rest.value();
     tile.t_top[slot] = state.t_top;
+}
+
+/// Zeros under False in rows that are NaN elsewhere, unless they are there already.
+fn clear(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
+    let Strip { job, kept, .. } = *strip;
+    if let Some(mask) = job.bend.mask
+        && at_once
+    {
+        for slot in (0..kept.len()).filter(|&slot| !tile.a[slot].is_finite()) {
+            let (from, to) = (job.rows.offset(MASK, kept[slot]), job.rows.offset(OUT, kept[slot]));
+            for class in (0..job.classes.size).filter(|&class| mask.get::<f32>(from + job.classes.offset(MASK, class)) == 0.0) {
+                out.set(to + job.classes.offset(OUT, class), 0.0);
+            }
+        }
+    }
+}
+
+/// The exact values at a lone maximum and at the sparse targets.
+fn patch<E: Element>(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
+    let Strip { job, kept, .. } = *strip;
+    clear(strip, tile, out, at_once);
+    if job.kind != Kind::Loss {
+        return;
+    }
+    let set = |slot: usize, class: usize, value: f64| {
+        let base = job.rows.offset(OUT, kept[slot]);
+        if job.direct_out {
+            out.span::<E>(base, job.classes.size).set(class, E::from_f64(value));
+        } else {
+            out.set(base + job.classes.offset(OUT, class), value);
+        }
+    };
+    if job.terms.dense {
+        (0..kept.len()).filter(|&slot| tile.ties[slot] == 1.0).for_each(|slot| set(slot, tile.arg[slot] as usize, tile.top[slot]));
+    }
+    targets(strip, |slot, j, class| set(slot, class, tile.patch[j * WIDTH + slot]));
+}
+
+/// Writes row results; the sum of the losses.
+fn settle(strip: &Strip, tile: &mut Tile) -> Pair {
+    let Strip { job, kept, .. } = *strip;
+    let loss = job.kind == Kind::Loss;
+    if let Some(result) = job.result {
+        let values = if loss { &tile.loss } else { &tile.lse };
+        strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &values[slot..], 1));
+    }
+    if loss { job.level.run(Sum(&mut tile.loss, kept.len())) } else { Pair::default() }
 }

@@ -2,31 +2,27 @@
 
 use std::sync::Mutex;
 
-use crate::array::{Array, DType, Dims, Element, Out};
+use crate::array::{Array, DType, Dims, Out};
 use crate::kernels::columns;
-use crate::kernels::finish::{Terms, Tile, WIDTH};
+use crate::kernels::finish::{Terms, WIDTH};
 use crate::kernels::state::Pair;
-use crate::simd::{Isa, Kernel, Level};
+use crate::simd::Level;
 use crate::threads;
 use crate::tunables::tunables;
 
 use super::api::{Error, Exec};
-use super::by_columns;
-use super::by_rows::work_rows;
 use super::plan::{Axes, Operands, Path, path, tile_path, with_axes};
-use super::scratch::{SCRATCH, Scratch, Work};
-use super::source::{Bend, gather_logits, row_spread};
+use super::scratch::SCRATCH;
+use super::source::Bend;
 use super::targets::{Labels, RowWeights, filled, row_shape};
 use super::with_element;
+use super::{by_columns, by_rows};
 
 /// Elements per task: enough to be worth handing to another thread, and a function of the shape alone, so that the bits do not depend on the threads.
 pub(super) const TASK: usize = 1 << 15;
 
 /// Elements per task of a large batch of long rows.
 const LONG_TASK: usize = 1 << 18;
-
-/// Rows of so many bytes do not stay in the first cache in any number.
-const GROUP_FROM: usize = 1 << 14;
 
 /// Where results go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +54,7 @@ pub(super) const UPSTREAM: usize = 4;
 /// Operand of both again.
 pub(super) const MASK: usize = 5;
 
+#[allow(clippy::struct_excessive_bools)]
 pub(super) struct Job<'a> {
     pub(super) kind: Kind,
     pub(super) x: &'a Array<'a>,
@@ -70,9 +67,11 @@ pub(super) struct Job<'a> {
     pub(super) rows: Axes,
     /// Whether vectors run along the classes: [`super::by_rows`], or [`super::by_columns`].
     pub(super) by_rows: bool,
-    /// How rows are read and written along the classes.
-    pub(super) read: Path,
-    pub(super) write: Path,
+    /// Whether rows of logits can be read where they stand, and of results be written there; `lines` if they at least are runs of elements, forwards or
+    /// backwards.
+    pub(super) direct: bool,
+    pub(super) lines: bool,
+    pub(super) direct_out: bool,
     /// How tiles are filled and emptied.
     pub(super) tile_read: Path,
     pub(super) tile_write: Path,
@@ -162,15 +161,14 @@ impl<'a> Job<'a> {
         // adjacent elements, or no line at all, is read along the classes, unless they are few.
         let own = Axes::new(shape, &[strides], axes.iter().copied());
         let size = x.dtype().size() as isize;
-        let exotic = bend.is_some() || !own.is_line();
+        let exotic = !own.is_line();
         let most = if exotic { columns::BLOCK } else { columns::MOST };
         let by_rows = own.size > most && (exotic || own.inner_stride(0).abs() == size);
-        let mut read = path(x, X, &classes, &rows);
-        let mut write = out.map_or(read, |out| path(out.array(), OUT, &classes, &rows));
-        if bend.is_some() || read == Path::Columns {
-            (read, write) = (Path::Gathered, Path::Gathered);
-        }
-        let tile_path = |array: &Array, operand| if bend.is_some() { Path::Gathered } else { tile_path(array, operand, &classes, &rows) };
+        let adjacent = |array: &Array, operand| path(array, operand, &classes, &rows) == Path::Rows;
+        let direct = !bend.is_some() && adjacent(x, X);
+        let lines = x.is_plain() && classes.is_line() && (classes.size == 1 || classes.inner_stride(X).abs() == size);
+        let direct_out = out.is_some_and(|out| adjacent(out.array(), OUT));
+        let tile_path = |array: &Array, operand| tile_path(array, operand, &classes, &rows);
         let tile_read = tile_path(x, X);
         let tile_write = out.map_or(tile_read, |out| tile_path(out.array(), OUT));
         let tile_probs = probs.map_or(tile_read, |probs| tile_path(probs, PROBS));
@@ -203,8 +201,9 @@ impl<'a> Job<'a> {
             classes,
             rows,
             by_rows,
-            read,
-            write,
+            direct,
+            lines,
+            direct_out,
             tile_read,
             tile_write,
             tile_probs,
@@ -240,17 +239,7 @@ impl<'a> Job<'a> {
             let mut scratch = SCRATCH.take().unwrap_or_default();
             let sum = with_element!(self.x.dtype(), E => {
                 if self.by_rows {
-                    let chunk = Chunk::<E, true> { job: self, first, last, scratch: &mut scratch, element: core::marker::PhantomData };
-                    match if self.read == Path::Rows { exec.level.run_vectors(chunk) } else { Err(chunk) } {
-                        Ok(sum) => sum,
-                        Err(Chunk { scratch, .. }) => exec.level.run(Chunk::<<E as Element>::Acc, false> {
-                            job: self,
-                            first,
-                            last,
-                            scratch,
-                            element: core::marker::PhantomData,
-                        }),
-                    }
+                    by_rows::run::<E, _>(self, first, last, &mut scratch)
                 } else {
                     by_columns::run::<E, _>(self, first, last, &mut scratch)
                 }
@@ -289,139 +278,4 @@ pub(super) fn present_classes<'s>(strides: &[&'s [isize]], mask: bool) -> Operan
         classes[MASK] = strides[X];
     }
     classes
-}
-
-/// Rows of one task, as a kernel: read in place as `E` (DIRECT), or copied to the type they are computed in.
-pub(super) struct Chunk<'j, 'a, E, const DIRECT: bool> {
-    pub(super) job: &'j Job<'a>,
-    pub(super) first: usize,
-    pub(super) last: usize,
-    pub(super) scratch: &'j mut Scratch,
-    pub(super) element: core::marker::PhantomData<E>,
-}
-
-impl<E: Element, const DIRECT: bool> Kernel for Chunk<'_, '_, E, DIRECT>
-where
-    E::Acc: Work,
-{
-    type Output = Pair;
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) -> Pair {
-        let Chunk { job, first, last, scratch, .. } = self;
-        let mut sum = Pair::default();
-        let mut kept = [0; WIDTH];
-        // Rows that are finished together stay in the cache until they are written.
-        let bytes = job.classes.size * size_of::<E>();
-        let group = if job.out.is_some() && bytes < GROUP_FROM { (tunables().group_bytes / bytes.max(1)).clamp(1, 16) } else { 16 };
-        let mut known = None;
-        let mut row = first;
-        while row < last {
-            let mut n = 0;
-            let start = row;
-            while row < last && n < group {
-                if job.kept(row) {
-                    kept[n] = row;
-                    n += 1;
-                }
-                row += 1;
-            }
-            let kept = &kept[..n];
-            if n > 0 {
-                let next = (row..last).find(|&row| job.kept(row));
-                work_rows::<S, E, E::Acc, DIRECT>(isa, job, kept, next, &mut known, scratch);
-            }
-            settle(job, start, row, kept, &scratch.tile, &mut sum);
-        }
-        sum
-    }
-}
-
-/// Writes row results, zero gradients of ignored rows and the patches, and sums the losses.
-pub(super) fn settle(job: &Job, start: usize, end: usize, kept: &[usize], tile: &Tile, sum: &mut Pair) {
-    let single = job.x.dtype().row_dtype() == DType::F32;
-    let mut at = 0;
-    for row in start..end {
-        let here = at < kept.len() && kept[at] == row;
-        let slot = at;
-        at += usize::from(here);
-        // A tile of adjacent columns carries its ignored rows along.
-        if here && (job.kind != Kind::Loss || job.weights.kept(job.labels.as_ref(), row)) {
-            let value = match job.kind {
-                // The sum over no classes, whose logsumexp is −inf.
-                Kind::Loss if job.classes.size == 0 && job.terms.z_loss == 0.0 => 0.0,
-                Kind::Loss if job.classes.size == 0 => tile.weight[slot] * job.terms.z_loss * f64::INFINITY,
-                Kind::Loss => tile.loss[slot],
-                _ => tile.lse[slot],
-            };
-            let value = if single { f64::from(value as f32) } else { value };
-            sum.add(value);
-            if let Some(result) = job.result {
-                result.set(job.rows.offset(RESULT, row), value);
-            }
-            if job.kind == Kind::Loss
-                && let Some(out) = job.out
-            {
-                let base = job.rows.offset(OUT, row);
-                if job.terms.dense && tile.ties[slot] == 1.0 {
-                    out.set(base + job.classes.offset(OUT, tile.arg[slot] as usize), tile.top[slot]);
-                }
-                if let Some(labels) = &job.labels {
-                    for (j, class, _) in labels.row(row) {
-                        out.set(base + job.classes.offset(OUT, class), tile.patch[j * WIDTH + slot]);
-                    }
-                }
-            }
-        } else {
-            if let Some(result) = job.result {
-                result.set(job.rows.offset(RESULT, row), 0.0);
-            }
-            if let Some(out) = job.out {
-                let base = job.rows.offset(OUT, row);
-                job.classes.runs(OUT, 0, job.classes.size, |offset, stride, _, n| out.zero(base + offset, stride, n));
-            }
-        }
-    }
-}
-
-/// Fills the per-row inputs of `finish`. Reads the target logits, which the reduction may overwrite, unless the reduction tells them (`read`).
-pub(super) fn prepare<E: Work>(job: &Job, kept: &[usize], tile: &mut Tile, read: bool) {
-    let entries = job.terms.entries;
-    tile.reserve(entries);
-    if job.kind != Kind::Loss {
-        return;
-    }
-    for (slot, &row) in kept.iter().enumerate() {
-        let weight = job.weights.sample_weight(row);
-        tile.weight[slot] = weight;
-        let upstream = job.upstream.map_or(1.0, |g| g.get::<f64>(job.rows.offset(UPSTREAM, row)));
-        tile.g[slot] = job.g * weight * upstream;
-        let Some(labels) = &job.labels else { continue };
-        let base = job.rows.offset(X, row);
-        let spread = row_spread(job, row);
-        for j in 0..entries {
-            tile.mass[j * WIDTH + slot] = 0.0;
-            tile.mass_all[j * WIDTH + slot] = 0.0;
-            tile.x_target[j * WIDTH + slot] = 0.0;
-        }
-        for (j, class, share) in labels.row(row) {
-            let w = job.weight.get(class).copied().unwrap_or(1.0);
-            let mass = share * job.keep * w;
-            let at = j * WIDTH + slot;
-            tile.mass[at] = mass;
-            tile.x_target[at] = if !read {
-                0.0
-            } else if job.bend.is_some() {
-                let mut x = [E::ZERO];
-                gather_logits(job, row, class, &mut x, 1, 1);
-                x[0].to_f64()
-            } else {
-                job.x.get::<f64>(base + job.classes.offset(X, class))
-            };
-            let mut all = mass;
-            if entries > 1 {
-                all = labels.row(row).filter(|&(_, other, _)| other == class).map(|(_, _, share)| share * job.keep * w).sum();
-            }
-            tile.mass_all[at] = all + spread * w;
-        }
-    }
 }

@@ -14,6 +14,7 @@ mod plan;
 mod score;
 mod scratch;
 mod source;
+mod strip;
 mod targets;
 mod topk;
 mod vjp;

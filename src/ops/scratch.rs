@@ -14,7 +14,7 @@ pub(super) struct Scratch {
     pub(super) double: Buffers<f64>,
     pub(super) references: Vec<Reference>,
     /// Where the rows of a tile begin, in the arrays and in scratch.
-    pub(super) offsets: [Offsets; 2],
+    pub(super) offsets: [Offsets; 3],
 }
 
 #[derive(Default)]
@@ -23,6 +23,7 @@ pub(super) struct Buffers<T> {
     pub(super) dense: Vec<T>,
     pub(super) shared: Vec<T>,
     pub(super) block: Vec<T>,
+    pub(super) slope: Vec<T>,
 }
 
 thread_local! {

@@ -1,7 +1,8 @@
 //! Where the kernels' operands come from and gradients go when they cannot be read or written in place: logits that are bent by softcap and mask,
 //! strided classes, and the dense target stream.
 
-use crate::array::{Array, DType, Float, FromNumber, Out, SpanMut, Vf};
+use crate::array::{Array, DType, Element, Float, FromNumber, Out, Span, SpanMut, Vf};
+use crate::kernels::columns;
 use crate::kernels::finish::{Tile, WIDTH};
 use crate::kernels::math::tanh_sech2;
 use crate::kernels::rows;
@@ -24,11 +25,11 @@ impl Bend<'_> {
     }
 }
 
-/// `cap·tanh(x/cap)` of a strided run in place, or the derivative 1 − tanh² there.
-pub(super) struct Softcap<'a, T> {
-    pub(super) cap: f64,
-    pub(super) slope: bool,
-    pub(super) x: &'a mut [T],
+/// `cap·tanh(x/cap)` of a run in place, or the derivative 1 − tanh² there.
+struct Softcap<'a, T> {
+    cap: f64,
+    slope: bool,
+    x: &'a mut [T],
 }
 
 impl<T: Work> Kernel for Softcap<'_, T> {
@@ -41,69 +42,142 @@ impl<T: Work> Kernel for Softcap<'_, T> {
         let mut i = 0;
         while i < span.read().len() {
             let n = step.min(span.read().len() - i);
-            let (tanh, sech2) = tanh_sech2(isa, span.read().load_partial(isa, i, n, T::ZERO) / cap);
-            span.store_partial(isa, i, n, if self.slope { sech2 } else { tanh * cap });
+            let x = if n == step { span.read().load(isa, i) } else { span.read().load_partial(isa, i, n, T::ZERO) };
+            let (tanh, sech2) = tanh_sech2(isa, x / cap);
+            let y = if self.slope { sech2 } else { tanh * cap };
+            if n == step {
+                span.store(isa, i, y);
+            } else {
+                span.store_partial(isa, i, n, y);
+            }
             i += n;
         }
     }
 }
 
-/// Runs [`Softcap`] over a block, in float64 where float32 might not hold the cap, or only part of the digits of x/cap.
-fn cap_block<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T]) {
+/// `cap·tanh(x/cap)` in place, or the derivative 1 − tanh² there: in float64 where float32 might not hold the cap, or only part of the digits of
+/// x/cap.
+pub(super) fn softcap<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T]) {
     if T::DTYPE == DType::F64 || (1e-30..=1e15).contains(&cap) {
         return level.run(Softcap { cap, slope, x });
     }
     let mut wide = [0.0_f64; rows::BLOCK];
-    let wide = &mut wide[..x.len()];
-    for (wide, x) in wide.iter_mut().zip(x.iter()) {
-        *wide = x.to_f64();
-    }
-    level.run(Softcap { cap, slope, x: &mut *wide });
-    for (x, &wide) in x.iter_mut().zip(wide.iter()) {
-        *x = T::from_f64(wide);
+    for x in x.chunks_mut(rows::BLOCK) {
+        let wide = &mut wide[..x.len()];
+        wide.iter_mut().zip(x.iter()).for_each(|(wide, x)| *wide = x.to_f64());
+        level.run(Softcap { cap, slope, x: &mut *wide });
+        x.iter_mut().zip(wide.iter()).for_each(|(x, &wide)| *x = T::from_f64(wide));
     }
 }
 
-/// Reads classes of a row of logits into scratch, bent.
-pub(super) fn gather_logits<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T], n: usize, step: usize) {
-    gather(job.x, X, &job.classes, job.rows.offset(X, row), start, dst, n, step);
-    if !job.bend.is_some() {
-        return;
+/// A run of adjacent elements, forwards or backwards, widened.
+struct Line<'s, E, T> {
+    src: Span<'s, E>,
+    backwards: bool,
+    dst: &'s mut [T],
+}
+
+impl<E: Element<Acc = T>, T: Work> Kernel for Line<'_, E, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        let Self { src, backwards, dst } = self;
+        if !backwards {
+            return columns::widen(isa, src, SpanMut::of(dst));
+        }
+        let (last, dst) = (src.len().wrapping_sub(1), &mut dst[..src.len()]);
+        for (i, x) in dst.iter_mut().enumerate() {
+            *x = src.get(last - i).to_acc();
+        }
     }
-    let mut block = [T::ZERO; rows::BLOCK];
+}
+
+/// What is under False becomes `to`.
+pub(super) struct Masked<'s, T> {
+    pub(super) mask: &'s [u8],
+    pub(super) to: T,
+    pub(super) x: &'s mut [T],
+}
+
+impl<T: Work> Kernel for Masked<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, _isa: S) {
+        // Plain enough for the compiler to make vectors of.
+        for (x, &mask) in self.x.iter_mut().zip(self.mask) {
+            *x = if mask == 0 { self.to } else { *x };
+        }
+    }
+}
+
+/// Lane-wise product.
+pub(super) struct Product<'s, T> {
+    pub(super) x: &'s mut [T],
+    pub(super) by: &'s [T],
+}
+
+impl<T: Work> Kernel for Product<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        let (step, by, x) = (Vf::<S, T>::LANES, Span::of(self.by), SpanMut::of(self.x));
+        let mut i = 0;
+        while i < by.len() {
+            let n = step.min(by.len() - i);
+            if n == step {
+                x.store(isa, i, x.read().load(isa, i) * by.load(isa, i));
+            } else {
+                x.store_partial(isa, i, n, x.read().load_partial(isa, i, n, T::ZERO) * by.load_partial(isa, i, n, T::ZERO));
+            }
+            i += n;
+        }
+    }
+}
+
+/// Reads classes `start..` of a row of logits into scratch, as they are.
+fn gather_line<E: Element<Acc = T>, T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
+    let base = job.rows.offset(X, row);
+    if job.lines && !dst.is_empty() {
+        let (n, stride) = (dst.len(), job.classes.inner_stride(X));
+        let first = base + if stride < 0 { start + n - 1 } else { start } as isize * stride;
+        job.level.run(Line { src: job.x.span::<E>(first, n), backwards: stride < 0, dst });
+    } else {
+        gather(job.x, X, &job.classes, base, start, dst, dst.len(), 1);
+    }
+}
+
+/// Reads classes `start..` of a row of logits into scratch, bent.
+pub(super) fn logits<E: Element<Acc = T>, T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
+    gather_line::<E, T>(job, row, start, dst);
     if let Some(cap) = job.bend.softcap {
-        for i in 0..n {
-            block[i] = dst[i * step];
-        }
-        cap_block(job.level, cap, false, &mut block[..n]);
-        for i in 0..n {
-            dst[i * step] = block[i];
-        }
+        softcap(job.level, cap, false, dst);
     }
-    if let Some(mask) = job.bend.mask {
-        gather(mask, MASK, &job.classes, job.rows.offset(MASK, row), start, &mut block, n, 1);
-        for i in (0..n).filter(|&i| block[i] == T::ZERO) {
-            dst[i * step] = T::NEG_INF;
-        }
+    masked(job, row, start, T::NEG_INF, dst);
+}
+
+/// Sets what is under False of classes `start..` of a row.
+fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: &mut [T]) {
+    let Some(array) = job.bend.mask else { return };
+    let mut mask = [0_u8; rows::BLOCK];
+    for (index, x) in x.chunks_mut(rows::BLOCK).enumerate() {
+        let mask = &mut mask[..x.len()];
+        flags(job, array, row, start + index * rows::BLOCK, mask, x.len(), 1);
+        job.level.run(Masked { mask, to, x });
     }
 }
 
 /// Multiplies gradients of a row in scratch by what bending did to the logits. Read before the logits are overwritten.
-pub(super) fn unbend<T: Work>(job: &Job, row: usize, start: usize, gradient: &mut [T], n: usize, step: usize) {
-    let mut block = [T::ZERO; rows::BLOCK];
+pub(super) fn unbend<E: Element<Acc = T>, T: Work>(job: &Job, row: usize, start: usize, gradient: &mut [T]) {
     if let Some(cap) = job.bend.softcap {
-        gather(job.x, X, &job.classes, job.rows.offset(X, row), start, &mut block, n, 1);
-        cap_block(job.level, cap, true, &mut block[..n]);
-        for i in 0..n {
-            gradient[i * step] = T::from_f64(gradient[i * step].to_f64() * block[i].to_f64());
+        let mut slope = [T::ZERO; rows::BLOCK];
+        for (index, gradient) in gradient.chunks_mut(rows::BLOCK).enumerate() {
+            let slope = &mut slope[..gradient.len()];
+            gather_line::<E, T>(job, row, start + index * rows::BLOCK, slope);
+            softcap(job.level, cap, true, slope);
+            job.level.run(Product { x: gradient, by: slope });
         }
     }
-    if let Some(mask) = job.bend.mask {
-        gather(mask, MASK, &job.classes, job.rows.offset(MASK, row), start, &mut block, n, 1);
-        for i in (0..n).filter(|&i| block[i] == T::ZERO) {
-            gradient[i * step] = T::ZERO;
-        }
-    }
+    masked(job, row, start, T::ZERO, gradient);
 }
 
 /// The same for the exact values at the maximum and the targets.
@@ -113,9 +187,14 @@ pub(super) fn unbend_patches(job: &Job, kept: &[usize], tile: &mut Tile) {
     }
     for (slot, &row) in kept.iter().enumerate() {
         let at = |class: usize, value: &mut f64| {
-            let mut one = [*value];
-            unbend::<f64>(job, row, class, &mut one, 1, 1);
-            *value = one[0];
+            let mut slope = [1.0_f64];
+            if let Some(cap) = job.bend.softcap {
+                gather(job.x, X, &job.classes, job.rows.offset(X, row), class, &mut slope, 1, 1);
+                softcap(job.level, cap, true, &mut slope);
+            }
+            let kept =
+                job.bend.mask.is_none_or(|mask| mask.get::<f32>(job.rows.offset(MASK, row) + job.classes.offset(MASK, class)) != 0.0);
+            *value = if kept { *value * slope[0] } else { 0.0 };
         };
         if job.terms.dense && tile.arg[slot] < job.classes.size as f64 {
             at(tile.arg[slot] as usize, &mut tile.top[slot]);
@@ -135,12 +214,12 @@ pub(super) fn row_spread(job: &Job, row: usize) -> f64 {
     }
     let spread = job.spread * job.labels.as_ref().map_or(1.0, |labels| labels.kept_share(row));
     let Some(mask) = job.bend.mask else { return spread };
-    let mut block = [0_f32; rows::BLOCK];
+    let mut block = [0_u8; rows::BLOCK];
     let mut count = 0;
     for start in (0..job.classes.size).step_by(rows::BLOCK) {
         let n = rows::BLOCK.min(job.classes.size - start);
-        gather(mask, MASK, &job.classes, job.rows.offset(MASK, row), start, &mut block, n, 1);
-        count += block[..n].iter().filter(|&&kept| kept != 0.0).count();
+        flags(job, mask, row, start, &mut block, n, 1);
+        count += block[..n].iter().filter(|&&kept| kept != 0).count();
     }
     spread * job.classes.size as f64 / count as f64
 }
@@ -166,6 +245,13 @@ pub(super) fn gather<T: FromNumber>(
     });
 }
 
+/// Reads classes of a row of the mask.
+pub(super) fn flags(job: &Job, mask: &Array, row: usize, start: usize, dst: &mut [u8], n: usize, step: usize) {
+    job.classes.runs(MASK, start, n, |offset, stride, at, count| {
+        mask.read_flags(job.rows.offset(MASK, row) + offset, stride, count, &mut dst[at * step..], step);
+    });
+}
+
 /// Writes classes of a row from scratch.
 #[inline]
 pub(super) fn scatter<T: Float>(out: &Out, classes: &Axes, base: isize, start: usize, src: &[T], n: usize, step: usize) {
@@ -176,24 +262,32 @@ pub(super) fn scatter<T: Float>(out: &Out, classes: &Axes, base: isize, start: u
     classes.runs(OUT, start, n, |offset, stride, at, count| out.write(base + offset, stride, count, &src[at * step..], step));
 }
 
-/// The dense stream T = w·(P·(1 − e) + e/C) of a row, for classes `start..` in `dst[0], dst[step], …`; P = 0 without probabilities.
-pub(super) fn dense_row<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T], n: usize, step: usize) {
+/// The dense stream T = w·(P·(1 − e) + e/C) of classes `start..` of a row, whose [`row_spread`] is `spread`; P = 0 without probabilities.
+pub(super) fn dense_row<T: Work>(job: &Job, row: usize, spread: f64, start: usize, dst: &mut [T]) {
+    let n = dst.len();
     if let Some(probs) = job.probs {
-        gather(probs, PROBS, &job.classes, job.rows.offset(PROBS, row), start, dst, n, step);
+        gather(probs, PROBS, &job.classes, job.rows.offset(PROBS, row), start, dst, n, 1);
         if job.keep == 1.0 && job.spread == 0.0 && job.weight.is_empty() {
             return;
         }
+    } else {
+        dst.fill(T::ZERO);
     }
-    let spread = row_spread(job, row);
-    let mut mask = [T::ONE; rows::BLOCK];
-    if let Some(array) = job.bend.mask {
-        gather(array, MASK, &job.classes, job.rows.offset(MASK, row), start, &mut mask, n, 1);
-    }
-    for i in 0..n {
-        let p = if job.probs.is_some() { dst[i * step].to_f64() } else { 0.0 };
-        let w = job.weight.get(start + i).copied().unwrap_or(1.0);
-        let spread = if mask[i] == T::ZERO { 0.0 } else { spread };
-        dst[i * step] = T::from_f64(w * (p * job.keep + spread));
+    let w = |i: usize| job.weight.get(start + i).copied().unwrap_or(1.0);
+    let Some(mask) = job.bend.mask else {
+        for (i, t) in dst.iter_mut().enumerate() {
+            *t = T::from_f64(w(i) * (t.to_f64() * job.keep + spread));
+        }
+        return;
+    };
+    let mut kept = [0_u8; rows::BLOCK];
+    for (index, dst) in dst.chunks_mut(rows::BLOCK).enumerate() {
+        let from = index * rows::BLOCK;
+        flags(job, mask, row, start + from, &mut kept, dst.len(), 1);
+        for (i, t) in dst.iter_mut().enumerate() {
+            let spread = if kept[i] == 0 { 0.0 } else { spread };
+            *t = T::from_f64(w(from + i) * (t.to_f64() * job.keep + spread));
+        }
     }
 }
 

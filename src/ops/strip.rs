@@ -1,0 +1,194 @@
+//! Rows that are finished together: what [`super::by_rows`] and [`super::by_columns`] have in common.
+
+use crate::array::{Offsets, Span, SpanMut};
+use crate::kernels::finish::{Plain, Terms, Tile, WIDTH, finish};
+use crate::kernels::state::{Pair, Summand, Wide};
+use crate::simd::{Isa, Kernel, Vector};
+
+use super::job::{Job, Kind, OUT, RESULT, UPSTREAM};
+use super::source::row_spread;
+use super::targets::NONE;
+
+/// Rows that are worked on together.
+pub(super) struct Strip<'j, 'a> {
+    pub(super) job: &'j Job<'a>,
+    pub(super) kept: &'j [usize],
+    /// Whether the rows follow each other along the innermost row axis.
+    pub(super) run: bool,
+}
+
+impl<'j, 'a> Strip<'j, 'a> {
+    pub(super) fn new(job: &'j Job<'a>, kept: &'j [usize]) -> Self {
+        let run = match kept {
+            [first, .., last] => last - first + 1 == kept.len() && first % job.rows.inner_len() + kept.len() <= job.rows.inner_len(),
+            _ => true,
+        };
+        Self { job, kept, run }
+    }
+
+    /// Whether `count` classes of the rows of an operand are one run of memory.
+    pub(super) fn adjacent(&self, operand: usize, count: usize, size: usize) -> bool {
+        let (classes, rows) = (&self.job.classes, &self.job.rows);
+        self.run
+            && count == classes.size
+            && classes.inner_stride(operand) == size as isize
+            && (self.kept.len() == 1 || rows.inner_stride(operand) == (count * size) as isize)
+    }
+
+    /// The byte offset of the first row of an operand, `shift` added, and those of the rows from there; the last one is repeated up to `count`.
+    pub(super) fn offsets<'o>(&self, operand: usize, shift: isize, count: usize, offsets: &'o mut Offsets) -> (isize, &'o Offsets) {
+        let (rows, kept) = (&self.job.rows, self.kept);
+        let base = rows.offset(operand, kept[0]) + shift;
+        if self.run {
+            return (base, offsets.run(rows.inner_stride(operand), kept.len(), count));
+        }
+        let last = kept.len() - 1;
+        (base, offsets.set((0..count.max(kept.len())).map(|i| rows.offset(operand, kept[i.min(last)]) + shift - base)))
+    }
+
+    /// The same as one long row if the rows are one run of memory, and the length of a row.
+    pub(super) fn flat<'o>(
+        &self,
+        operand: usize,
+        shift: isize,
+        count: usize,
+        size: usize,
+        offsets: &'o mut Offsets,
+    ) -> ((isize, &'o Offsets), usize) {
+        if self.adjacent(operand, count, size) {
+            ((self.job.rows.offset(operand, self.kept[0]), offsets.run(0, 1, 1)), self.kept.len() * count)
+        } else {
+            (self.offsets(operand, shift, 0, offsets), count)
+        }
+    }
+
+    /// Calls `run(operand offset, stride, slot, n)` for runs of rows of a row operand.
+    pub(super) fn runs(&self, operand: usize, mut run: impl FnMut(isize, isize, usize, usize)) {
+        let rows = &self.job.rows;
+        if self.run && !self.kept.is_empty() {
+            return run(rows.offset(operand, self.kept[0]), rows.inner_stride(operand), 0, self.kept.len());
+        }
+        for (slot, &row) in self.kept.iter().enumerate() {
+            run(rows.offset(operand, row), 0, slot, 1);
+        }
+    }
+}
+
+/// The coefficients of a strip. The sum of its losses, which are rounded to the type of the rows.
+pub(super) struct Finish<'s> {
+    pub(super) terms: &'s Terms,
+    pub(super) tile: &'s mut Tile,
+    /// The first of them and the one after the last.
+    pub(super) rows: (usize, usize),
+    pub(super) single: bool,
+}
+
+impl Kernel for Finish<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        let (first, end) = self.rows;
+        finish(isa, self.terms, self.tile, first, end);
+        if self.terms.loss && self.single {
+            let loss = SpanMut::of(&mut self.tile.loss);
+            for j in (first..end).step_by(S::F32::LANES) {
+                let rounded = <f32 as Summand>::load_wide(isa, loss.read(), j);
+                <f32 as Summand>::store_wide(isa, rounded, loss, j);
+            }
+        }
+    }
+}
+
+/// The sum of the losses of a strip.
+pub(super) struct Sum<'s>(pub(super) &'s mut [f64], pub(super) usize);
+
+impl Kernel for Sum<'_> {
+    type Output = Pair;
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> Pair {
+        self.0[self.1..self.1.next_multiple_of(S::F64::LANES)].fill(0.0);
+        let mut sum = Wide::zero(isa);
+        for j in (0..self.1).step_by(S::F64::LANES) {
+            <f64 as Summand>::add(isa, &mut sum, Span::of(self.0).load(isa, j));
+        }
+        <f64 as Summand>::total(sum)
+    }
+}
+
+/// Zero results and gradients of the rows that were left out.
+pub(super) fn ignored(job: &Job, start: usize, end: usize, kept: &[usize]) {
+    let mut at = 0;
+    for row in start..end {
+        if kept.get(at) == Some(&row) {
+            at += 1;
+            continue;
+        }
+        if let Some(result) = job.result {
+            result.set(job.rows.offset(RESULT, row), 0.0);
+        }
+        if let Some(out) = job.out {
+            let base = job.rows.offset(OUT, row);
+            job.classes.runs(OUT, 0, job.classes.size, |offset, stride, _, n| out.zero(base + offset, stride, n));
+        }
+    }
+}
+
+/// Calls `with(slot, entry, class)` for every sparse target of a strip.
+#[inline(always)]
+pub(super) fn targets(strip: &Strip, mut with: impl FnMut(usize, usize, usize)) {
+    let Some(labels) = &strip.job.labels else { return };
+    for (slot, &row) in strip.kept.iter().enumerate() {
+        for (j, &class) in labels.class[row * labels.entries..][..labels.entries].iter().enumerate() {
+            if class != NONE {
+                with(slot, j, class as usize);
+            }
+        }
+    }
+}
+
+/// Fills the inputs of `finish` that do not depend on the logits, unless they are the same for every row.
+pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
+    let Strip { job, kept, .. } = *strip;
+    let (n, entries) = (kept.len(), job.terms.entries);
+    tile.reserve(entries);
+    if job.kind != Kind::Loss {
+        return None;
+    }
+    let single = job.labels.as_ref().is_none_or(|labels| entries == 1 && labels.share.is_empty());
+    if single && job.weight.is_empty() && job.bend.mask.is_none() && !job.weights.sampled() && job.upstream.is_none() {
+        return Some(Plain { g: job.g, mass: job.keep, mass_all: job.keep + job.spread });
+    }
+    tile.weight[..n].fill(1.0);
+    tile.g[..n].fill(job.g);
+    if job.weights.sampled() {
+        for (slot, &row) in kept.iter().enumerate() {
+            tile.weight[slot] = job.weights.sample_weight(row);
+            tile.g[slot] *= tile.weight[slot];
+        }
+    }
+    if let Some(upstream) = job.upstream {
+        let mut values = [0.0; WIDTH];
+        strip.runs(UPSTREAM, |offset, stride, slot, n| upstream.read(offset, stride, n, &mut values[slot..], 1));
+        tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
+    }
+    let Some(labels) = &job.labels else { return None };
+    for (slot, &row) in kept.iter().enumerate() {
+        for j in 0..entries {
+            tile.mass[j * WIDTH + slot] = 0.0;
+            tile.mass_all[j * WIDTH + slot] = 0.0;
+            tile.x_target[j * WIDTH + slot] = 0.0;
+        }
+        let spread = row_spread(job, row);
+        for (j, class, share) in labels.row(row) {
+            let w = job.weight.get(class).copied().unwrap_or(1.0);
+            let mass = share * job.keep * w;
+            let mut all = mass;
+            if entries > 1 {
+                all = labels.row(row).filter(|&(_, other, _)| other == class).map(|(_, _, share)| share * job.keep * w).sum();
+            }
+            tile.mass[j * WIDTH + slot] = mass;
+            tile.mass_all[j * WIDTH + slot] = all + spread * w;
+        }
+    }
+    None
+}
