@@ -78,7 +78,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
 
     /// Reads the classes from `start` on, at most [`BLOCK`] of them; `next` are those after them, as many.
     #[inline(always)]
-    pub fn block<E: Element<Acc = T>>(&mut self, constants: &Constants<S, T>, x: [Span<E>; 2], next: [Option<Span<E>>; 2], start: usize) {
+    pub fn block(&mut self, constants: &Constants<S, T>, x: [Span<T>; 2], next: [Option<Span<T>>; 2], start: usize) {
         let (isa, scale) = (constants.isa, constants.scale);
         let mut ties = [self.p.ties, self.q.ties];
         let (_, p_raised) = self.p.look(constants, x[0], start);
@@ -99,7 +99,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         let guess = fresh || leap || self.above() * scale > EXCESS;
         let d = if guess {
             // d of the class that has P's maximum, unless Q all but excludes it.
-            let y = if self.p.arg >= start && self.p.arg - start < x[1].len() { x[1].get(self.p.arg - start).to_acc() } else { T::NEG_INF };
+            let y = if self.p.arg >= start && self.p.arg - start < x[1].len() { x[1].get(self.p.arg - start) } else { T::NEG_INF };
             let near = (self.q.max.to_f64() - y.to_f64()) * scale <= EXCESS;
             difference(self.p.max.to_f64(), if near { y.to_f64() } else { self.q.max.to_f64() })
         } else if (start / BLOCK).is_power_of_two() {
@@ -209,7 +209,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
 
     /// Adds a block. False if it has to be done carefully instead.
     #[inline(always)]
-    fn sum<E: Element<Acc = T>>(&mut self, constants: &Constants<S, T>, x: [Span<E>; 2], next: [Option<Span<E>>; 2]) -> bool {
+    fn sum(&mut self, constants: &Constants<S, T>, x: [Span<T>; 2], next: [Option<Span<T>>; 2]) -> bool {
         let isa = constants.isa;
         (self.p.known, self.q.known) = (None, None);
         if !(self.p.near() && self.q.near()) {
@@ -245,13 +245,13 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
 
     /// A block off the grid of the integer reduction, or one whose sums exceed the type (or are infinite): class by class in float64.
     #[inline(never)]
-    fn careful<E: Element<Acc = T>>(&mut self, constants: &Constants<S, T>, x: [Span<E>; 2]) {
+    fn careful(&mut self, constants: &Constants<S, T>, x: [Span<T>; 2]) {
         let scale = constants.scale;
         let (c, above) = (self.factor(scale), self.above());
         let tops = [self.p.max.to_f64(), self.q.max.to_f64()];
         (self.p.known, self.q.known) = (None, None);
         for i in 0..x[0].len() {
-            let [p, q] = [x[0].get(i).to_acc().to_f64(), x[1].get(i).to_acc().to_f64()];
+            let [p, q] = [x[0].get(i).to_f64(), x[1].get(i).to_f64()];
             let e = [(p, &self.p), (q, &self.q)].map(|(x, row)| exp_f64(Scalar, (x - row.reference.b) * scale, row.reference.k));
             if p != tops[0] {
                 self.p.rest_extra.add(e[0]);
@@ -319,11 +319,11 @@ pub struct Slope<S: Isa, T: Float> {
 impl<S: Isa, T: Real> Slope<S, T> {
     /// Writes `g·(q − p)` for a block of classes; `dst` may be where Q stands.
     #[inline(always)]
-    pub fn emit<E: Element<Acc = T>, O: Element<Acc = T>>(&self, constants: &Constants<S, T>, x: [Span<E>; 2], g: f64, dst: SpanMut<O>) {
+    pub fn emit<O: Element<Acc = T>>(&self, constants: &Constants<S, T>, x: [Span<T>; 2], g: f64, dst: SpanMut<O>) {
         let isa = constants.isa;
         let step = Vf::<S, T>::LANES;
         let a = self.inverse.map(|inverse| splat::<S, T>(isa, if self.valid { g * inverse } else { f64::NAN }));
-        let fill = E::from_acc(T::NEG_INF);
+        let fill = T::NEG_INF;
         let len = x[0].len();
         let mut i = 0;
         while i < len {
@@ -345,12 +345,12 @@ impl<S: Isa, T: Real> Slope<S, T> {
 
 /// The sums of a few classes, and the maxima of those that come after them in the same loop.
 #[inline(always)]
-fn pass<S: Isa, E: Element<Acc = T>, T: Real>(
+fn pass<S: Isa, T: Real>(
     constants: &Constants<S, T>,
     at: [&Lanes<Vf<S, T>>; 2],
     shift: &Shift<Vf<S, T>>,
-    x: [Span<E>; 2],
-    next: [Span<E>; 2],
+    x: [Span<T>; 2],
+    next: [Span<T>; 2],
 ) -> Sums<Vf<S, T>> {
     let isa = constants.isa;
     let step = Vf::<S, T>::LANES;
@@ -370,7 +370,7 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real>(
         add(constants, at, shift, [x[0].load(isa, i1), x[1].load(isa, i1)], [next[0].load(isa, i1), next[1].load(isa, i1)], &mut b);
         i += 2 * step;
     }
-    let fill = E::from_acc(T::NEG_INF);
+    let fill = T::NEG_INF;
     while i < len {
         let n = step.min(len - i);
         let v = [x[0].load_partial(isa, i, n, fill), x[1].load_partial(isa, i, n, fill)];

@@ -1,7 +1,7 @@
 //! One row read block by block, by a caller that may read other rows in between: what `rows::reduce` does in one call, and on the way what
 //! scores of tokens need besides the logsumexp: the first maximum, the spread of the distribution, the place of one class, the largest classes.
 
-use crate::array::{Element, Float, Span, Vf, lanes};
+use crate::array::{Float, Span, Vf, lanes};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
 use super::math::{Exp, Real, log1p};
@@ -96,12 +96,7 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
 
     /// Looks at a block before it is summed: moves to its maximum if that is larger, and counts the classes that have it.
     #[inline(always)]
-    pub(super) fn look<E: Element<Acc = T>>(
-        &mut self,
-        constants: &Constants<S, T>,
-        x: Span<E>,
-        start: usize,
-    ) -> (Vf<S, T>, Option<Raised>) {
+    pub(super) fn look(&mut self, constants: &Constants<S, T>, x: Span<T>, start: usize) -> (Vf<S, T>, Option<Raised>) {
         let isa = constants.isa;
         let top = match self.known.take() {
             Some(top) => top,
@@ -225,13 +220,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
 
     /// Reads the classes from `start` on, at most [`BLOCK`] of them; `next` are those after them, as many. Returns the maximum, lane by lane.
     #[inline(always)]
-    pub fn block<E: Element<Acc = T>, const SPREAD: bool>(
-        &mut self,
-        constants: &Constants<S, T>,
-        x: Span<E>,
-        next: Option<Span<E>>,
-        start: usize,
-    ) -> Vf<S, T> {
+    pub fn block<const SPREAD: bool>(&mut self, constants: &Constants<S, T>, x: Span<T>, next: Option<Span<T>>, start: usize) -> Vf<S, T> {
         let isa = constants.isa;
         let (top, raised) = self.softmax.look(constants, x, start);
         if SPREAD
@@ -245,7 +234,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             self.spread_extra.merge(weight);
         }
         if !self.softmax.near() {
-            self.careful::<E, SPREAD>(x);
+            self.careful::<SPREAD>(x);
             return top;
         }
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
@@ -255,7 +244,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             let part = x.part(from, n);
             // Without a successor it looks at itself, and the answer is not used.
             let ahead = next.map_or(part, |next| next.part(from, n));
-            let sums = pass::<S, E, T, SPREAD>(constants, &self.softmax.at, part, ahead);
+            let sums = pass::<S, T, SPREAD>(constants, &self.softmax.at, part, ahead);
             next_top = sums.next.max(next_top);
             T::add(isa, &mut self.softmax.rest, sums.rest);
             if SPREAD {
@@ -269,11 +258,11 @@ impl<S: Isa, T: Summand> Scan<S, T> {
 
     /// A block off the grid of the integer reduction, where logits are far from 0 beyond use: class by class in float64.
     #[inline(never)]
-    fn careful<E: Element<Acc = T>, const SPREAD: bool>(&mut self, x: Span<E>) {
+    fn careful<const SPREAD: bool>(&mut self, x: Span<T>) {
         let Softmax { max, reference, .. } = self.softmax;
         let max = max.to_f64();
         for i in 0..x.len() {
-            let x = x.get(i).to_acc().to_f64();
+            let x = x.get(i).to_f64();
             if x != max {
                 let e = exp_f64(Scalar, x - reference.b, reference.k);
                 self.softmax.rest_extra.add(e);
@@ -314,11 +303,11 @@ struct Sums<V> {
 
 /// The exponentials of a few classes, and the maximum of those that come after them in the same loop: memory is read in one unbroken stream.
 #[inline(always)]
-fn pass<S: Isa, E: Element<Acc = T>, T: Real, const SPREAD: bool>(
+fn pass<S: Isa, T: Real, const SPREAD: bool>(
     constants: &Constants<S, T>,
     at: &Lanes<Vf<S, T>>,
-    x: Span<E>,
-    next: Span<E>,
+    x: Span<T>,
+    next: Span<T>,
 ) -> Sums<Vf<S, T>> {
     let isa = constants.isa;
     let step = Vf::<S, T>::LANES;
@@ -337,7 +326,7 @@ fn pass<S: Isa, E: Element<Acc = T>, T: Real, const SPREAD: bool>(
         }
         i += 4 * step;
     }
-    let fill = E::from_acc(T::NEG_INF);
+    let fill = T::NEG_INF;
     let mut u = 0;
     while i < len {
         let n = step.min(len - i);
@@ -372,9 +361,9 @@ fn add<S: Isa, T: Real, const SPREAD: bool>(
 }
 
 #[inline(always)]
-pub(super) fn block_max<S: Isa, E: Element>(isa: S, x: Span<E>) -> Vf<S, E::Acc> {
-    let step = Vf::<S, E::Acc>::LANES;
-    let mut max = [Vf::<S, E::Acc>::splat(isa, E::Acc::NEG_INF); 4];
+pub(super) fn block_max<S: Isa, T: Float>(isa: S, x: Span<T>) -> Vf<S, T> {
+    let step = Vf::<S, T>::LANES;
+    let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let mut i = 0;
     while i + 4 * step <= x.len() {
         let part = x.part(i, 4 * step);
@@ -385,7 +374,7 @@ pub(super) fn block_max<S: Isa, E: Element>(isa: S, x: Span<E>) -> Vf<S, E::Acc>
     }
     while i < x.len() {
         let n = step.min(x.len() - i);
-        max[0] = x.load_partial(isa, i, n, E::from_acc(E::Acc::NEG_INF)).max(max[0]);
+        max[0] = x.load_partial(isa, i, n, T::NEG_INF).max(max[0]);
         i += n;
     }
     max[0].max(max[1]).max(max[2].max(max[3]))
@@ -393,13 +382,13 @@ pub(super) fn block_max<S: Isa, E: Element>(isa: S, x: Span<E>) -> Vf<S, E::Acc>
 
 /// How many classes equal `top`, and the first of them.
 #[inline(always)]
-fn find<S: Isa, E: Element>(isa: S, x: Span<E>, top: Vf<S, E::Acc>) -> (usize, usize) {
-    let step = Vf::<S, E::Acc>::LANES;
+fn find<S: Isa, T: Float>(isa: S, x: Span<T>, top: Vf<S, T>) -> (usize, usize) {
+    let step = Vf::<S, T>::LANES;
     let (mut ties, mut first) = (0, usize::MAX);
     let mut i = 0;
     while i < x.len() {
         let n = step.min(x.len() - i);
-        let bits = x.load_partial(isa, i, n, E::from_acc(E::Acc::NEG_INF)).eq(top).bits() & (u64::MAX >> (64 - n));
+        let bits = x.load_partial(isa, i, n, T::NEG_INF).eq(top).bits() & (u64::MAX >> (64 - n));
         if bits != 0 {
             ties += bits.count_ones() as usize;
             first = first.min(i + bits.trailing_zeros() as usize);
@@ -411,9 +400,9 @@ fn find<S: Isa, E: Element>(isa: S, x: Span<E>, top: Vf<S, E::Acc>) -> (usize, u
 
 /// How many classes are larger than `x`.
 #[inline(always)]
-pub fn larger<S: Isa, E: Element>(isa: S, block: Span<E>, x: E::Acc) -> usize {
-    let step = Vf::<S, E::Acc>::LANES;
-    let than = Vf::<S, E::Acc>::splat(isa, x);
+pub fn larger<S: Isa, T: Float>(isa: S, block: Span<T>, x: T) -> usize {
+    let step = Vf::<S, T>::LANES;
+    let than = Vf::<S, T>::splat(isa, x);
     let (mut count, mut i) = ([0; 4], 0);
     while i + 4 * step <= block.len() {
         let part = block.part(i, 4 * step);
@@ -425,7 +414,7 @@ pub fn larger<S: Isa, E: Element>(isa: S, block: Span<E>, x: E::Acc) -> usize {
     while i < block.len() {
         let n = step.min(block.len() - i);
         // Nothing is larger than NaN, and −inf larger than nothing.
-        count[0] += than.lt(block.load_partial(isa, i, n, E::from_acc(E::Acc::NEG_INF))).count();
+        count[0] += than.lt(block.load_partial(isa, i, n, T::NEG_INF)).count();
         i += n;
     }
     count.iter().sum()
@@ -459,7 +448,7 @@ impl<T: Float> Largest<T> {
 
     /// Reads the classes from `start` on, of which `top` is the maximum, lane by lane. Ascending: of equals the first stays.
     #[inline(always)]
-    pub fn block<S: Isa, E: Element<Acc = T>>(&mut self, isa: S, x: Span<E>, top: Vf<S, T>, start: usize) {
+    pub fn block<S: Isa>(&mut self, isa: S, x: Span<T>, top: Vf<S, T>, start: usize) {
         let step = Vf::<S, T>::LANES;
         if self.k == 0 || self.threshold.is_some_and(|than| !Vf::<S, T>::splat(isa, than).lt(top).any()) {
             return;
@@ -467,7 +456,7 @@ impl<T: Float> Largest<T> {
         let mut i = 0;
         while i < x.len() {
             let n = step.min(x.len() - i);
-            let v = x.load_partial(isa, i, n, E::from_acc(T::NEG_INF));
+            let v = x.load_partial(isa, i, n, T::NEG_INF);
             let mask = match self.threshold {
                 Some(than) => Vf::<S, T>::splat(isa, than).lt(v),
                 None => v.eq(v),
@@ -475,7 +464,7 @@ impl<T: Float> Largest<T> {
             let mut bits = mask.bits() & (u64::MAX >> (64 - n));
             while bits != 0 {
                 let class = i + bits.trailing_zeros() as usize;
-                self.found.push((x.get(class).to_acc(), start + class));
+                self.found.push((x.get(class), start + class));
                 bits &= bits - 1;
             }
             if self.found.len() >= self.room {

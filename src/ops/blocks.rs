@@ -3,10 +3,11 @@
 
 use crate::array::{Array, Element, FromNumber, Out, Span};
 use crate::kernels::scan::BLOCK;
+use crate::simd::Level;
 
 use super::plan::{Axes, Path, path};
 use super::scratch::{Work, room};
-use super::source::gather;
+use super::source::{gather, line};
 
 /// Rows that are read together when a tile is copied: where every class is a page of its own, a visit should be worth it.
 pub(super) const TILE: usize = 128;
@@ -30,7 +31,7 @@ impl Layout {
     /// How many rows from `row` on are read together, until `last`: of neighbours that share cache lines as many as have one stride.
     pub(super) fn together(&self, tiled: bool, row: usize, last: usize) -> usize {
         let inner = self.rows.inner_len().max(1);
-        TILE.min(last - row).min(if tiled { inner - row % inner } else { TILE })
+        if tiled { TILE.min(last - row).min(inner - row % inner) } else { 1 }
     }
 }
 
@@ -75,14 +76,19 @@ impl<'a> Operand<'a> {
 
     /// The row at `row` where it stands.
     #[inline(always)]
-    pub(super) fn row<E: Element>(&self, row: usize) -> Span<'a, E> {
+    fn row<E: Element>(&self, row: usize) -> Span<'a, E> {
         self.array.span::<E>(self.layout.rows.offset(self.index, row), self.layout.classes.size)
     }
 
     /// Copies `len` classes from `start` on of `n` rows from `row` on to `dst[slot * PITCH..]`.
-    pub(super) fn copy<T: FromNumber>(&self, row: usize, n: usize, start: usize, len: usize, dst: &mut [T]) {
+    fn copy<T: Work>(&self, level: Level, row: usize, n: usize, start: usize, len: usize, dst: &mut [T]) {
         let Layout { classes, rows } = self.layout;
-        if self.way == Way::Tile {
+        if self.way == Way::Direct {
+            for slot in 0..n {
+                let offset = rows.offset(self.index, row + slot) + (start * self.array.dtype().size()) as isize;
+                line(level, self.array, offset, false, &mut dst[slot * PITCH..][..len]);
+            }
+        } else if self.way == Way::Tile {
             let (base, step) = (rows.offset(self.index, row), classes.inner_stride(self.index));
             for i in 0..len {
                 self.array.read(base + (start + i) as isize * step, rows.inner_stride(self.index), n, &mut dst[i..], PITCH);
@@ -100,41 +106,43 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Hands the blocks of an operand to a kernel, as `E`.
-pub(super) trait Feed<E: Element> {
-    /// Gets classes `start..start + len` of `n` rows from `row` on ready.
-    fn load(&mut self, x: &Operand, row: usize, n: usize, start: usize, len: usize);
-    /// Those of row `row + slot`, and the block after it where that is whole and stands in memory.
-    fn block<'a>(&'a self, x: &Operand<'a>, row: usize, slot: usize, start: usize, len: usize) -> (Span<'a, E>, Option<Span<'a, E>>);
+/// Hands the blocks of an operand to a kernel, as the type that is computed in.
+pub(super) struct Feed<'s, T> {
+    copy: &'s mut Vec<T>,
+    /// Whether the blocks are read where they stand.
+    direct: bool,
 }
 
-/// Read where they stand.
-pub(super) struct InPlace;
+impl<'s, T: Work> Feed<'s, T> {
+    /// `copy` becomes the scratch for blocks that cannot be read where they stand.
+    pub(super) fn new(x: &Operand, copy: &'s mut Vec<T>) -> Self {
+        Self { copy, direct: x.way == Way::Direct && x.array.dtype() == T::DTYPE }
+    }
 
-impl<E: Element> Feed<E> for InPlace {
+    /// Gets classes `start..start + len` of `n` rows from `row` on ready.
     #[inline(always)]
-    fn load(&mut self, _x: &Operand, _row: usize, _n: usize, _start: usize, _len: usize) {}
+    pub(super) fn load(&mut self, level: Level, x: &Operand, row: usize, n: usize, start: usize, len: usize) {
+        if !self.direct {
+            x.copy(level, row, n, start, len, room(self.copy, n * PITCH));
+        }
+    }
 
+    /// Those of row `row + slot`, and the block after it where that is whole and stands in memory.
     #[inline(always)]
-    fn block<'a>(&'a self, x: &Operand<'a>, row: usize, slot: usize, start: usize, len: usize) -> (Span<'a, E>, Option<Span<'a, E>>) {
-        let whole = x.row::<E>(row + slot);
+    pub(super) fn block<'a>(
+        &'a self,
+        x: &Operand<'a>,
+        row: usize,
+        slot: usize,
+        start: usize,
+        len: usize,
+    ) -> (Span<'a, T>, Option<Span<'a, T>>) {
+        if !self.direct {
+            return (Span::of(&self.copy[slot * PITCH..slot * PITCH + len]), None);
+        }
+        let whole = x.row::<T>(row + slot);
         let next = if start + 2 * BLOCK <= whole.len() { Some(whole.part(start + BLOCK, BLOCK)) } else { None };
         (whole.part(start, len), next)
-    }
-}
-
-/// Copied to what they are computed in.
-pub(super) struct Copied<'s, T>(pub(super) &'s mut Vec<T>);
-
-impl<T: Work> Feed<T> for Copied<'_, T> {
-    #[inline(always)]
-    fn load(&mut self, x: &Operand, row: usize, n: usize, start: usize, len: usize) {
-        x.copy(row, n, start, len, room(self.0, TILE * PITCH));
-    }
-
-    #[inline(always)]
-    fn block<'a>(&'a self, _x: &Operand<'a>, _row: usize, slot: usize, _start: usize, len: usize) -> (Span<'a, T>, Option<Span<'a, T>>) {
-        (Span::of(&self.0[slot * PITCH..slot * PITCH + len]), None)
     }
 }
 

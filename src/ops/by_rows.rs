@@ -106,7 +106,7 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
     let copy = room(copy, n * pitch);
     if !direct {
         for (slot, &row) in kept.iter().enumerate() {
-            logits::<E, T>(job, row, 0, &mut copy[slot * pitch..][..classes]);
+            logits(job, row, 0, &mut copy[slot * pitch..][..classes]);
         }
     }
     let copied = RowsMut::of(copy, local, classes);
@@ -232,7 +232,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     for (slot, &row) in kept.iter().enumerate() {
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
-        let mut fill = |index: usize, dst: &mut [T]| logits::<E, T>(job, row, index * BLOCK, dst);
+        let mut fill = |index: usize, dst: &mut [T]| logits(job, row, index * BLOCK, dst);
         let mut fill_dense = |index: usize, dst: &mut [T]| dense_row(job, row, spread, index * BLOCK, dst);
         let x = if direct {
             let after = kept.get(slot + 1).copied().or(next).map_or(Span::of(&[]), line);
@@ -253,7 +253,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
                     (classes_of[j], entries) = (class, j + 1);
                 } else {
                     let mut x = [T::ZERO];
-                    logits::<E, T>(job, row, class, &mut x);
+                    logits(job, row, class, &mut x);
                     tile.x_target[j * WIDTH + slot] = x[0].to_f64();
                 }
             }
@@ -333,7 +333,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             let src = if let Some(src) = src {
                 src.part(start, count)
             } else {
-                logits::<E, T>(job, row, start, &mut copy[..count]);
+                logits(job, row, start, &mut copy[..count]);
                 Span::of(&copy[..count])
             };
             let references = references.get(index..=index).unwrap_or_default();
@@ -388,7 +388,7 @@ impl Results<'_, '_, '_> {
 /// Finishes a block of gradients in scratch and writes it where it belongs.
 fn unbend_and_write<E: Element<Acc = T>, T: Work>(job: &Job, out: &Out, row: usize, start: usize, block: &mut [T]) {
     if job.bend.is_some() {
-        unbend::<E, T>(job, row, start, block);
+        unbend(job, row, start, block);
     }
     let base = job.rows.offset(OUT, row);
     if job.direct_out {

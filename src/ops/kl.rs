@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 use std::sync::Mutex;
 
-use crate::array::{Array, DType, Element, Out, SpanMut};
+use crate::array::{Array, DType, Out, SpanMut};
 use crate::kernels::divergence::{Divergence, Slope};
 use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::Constants;
@@ -12,7 +12,7 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, Reduction};
-use super::blocks::{Copied, Feed, InPlace, Layout, Operand, RowResult, TILE};
+use super::blocks::{Feed, Layout, Operand, RowResult, TILE};
 use super::job::TASK;
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Scratch, Work, room};
@@ -84,27 +84,14 @@ pub fn kl_divergence(
     let tasks = count.div_ceil(per_task);
     let threads = if count * layout.classes.size < TASK { 1 } else { exec.threads };
     let partial = Mutex::new(filled(Pair::default(), tasks)?);
-    // Of one type both can be read where they stand; otherwise both are copied to what they are computed in.
-    let direct = job.x.iter().all(Operand::is_direct) && p_logits.dtype() == q_logits.dtype();
-    let dtype = p_logits.dtype();
     let task = |task: usize| -> Result<(), Error> {
         let (first, last) = (task * per_task, count.min((task + 1) * per_task));
         let mut kept = SCRATCH.take().unwrap_or_default();
         let (job, scratch) = (&job, &mut *kept);
-        // Half types are copied: they have the least to read.
-        let left = match dtype {
-            DType::F32 if direct => {
-                exec.level.run_vectors(Direct::<f32> { job, first, last, scratch, element: PhantomData }).map_err(|d| d.scratch)
-            }
-            DType::F64 if direct => {
-                exec.level.run_vectors(Direct::<f64> { job, first, last, scratch, element: PhantomData }).map_err(|d| d.scratch)
-            }
-            _ => Err(scratch),
-        };
-        let sum = match left {
-            Ok(sum) => sum,
-            Err(scratch) if double => exec.level.run(Gathered::<f64> { job, first, last, scratch, element: PhantomData }),
-            Err(scratch) => exec.level.run(Gathered::<f32> { job, first, last, scratch, element: PhantomData }),
+        let sum = if double {
+            exec.level.run(Chunk::<f64> { job, first, last, scratch, element: PhantomData })
+        } else {
+            exec.level.run(Chunk::<f32> { job, first, last, scratch, element: PhantomData })
         };
         SCRATCH.set(Some(kept));
         if let Ok(mut partial) = partial.lock() {
@@ -158,77 +145,49 @@ impl Job<'_> {
     }
 }
 
-macro_rules! chunk {
-    ($name:ident, $work:item) => {
-        struct $name<'j, 'a, E> {
-            job: &'j Job<'a>,
-            first: usize,
-            last: usize,
-            scratch: &'j mut Scratch,
-            element: PhantomData<E>,
-        }
-        $work
-    };
-}
-
-chunk!(
-    Direct,
-    impl<E: Element> Kernel for Direct<'_, '_, E>
-    where
-        E::Acc: Work,
-    {
-        type Output = Pair;
-        #[inline(always)]
-        fn run<S: Isa>(self, isa: S) -> Pair {
-            let (_, buffers, _) = E::Acc::buffers(self.scratch);
-            work::<S, E, E::Acc, _, 1>(isa, self.job, self.first, self.last, [InPlace, InPlace], &mut buffers.block)
-        }
-    }
-);
-
-chunk!(
-    Gathered,
-    impl<T: Work> Kernel for Gathered<'_, '_, T> {
-        type Output = Pair;
-        #[inline(always)]
-        fn run<S: Isa>(self, isa: S) -> Pair {
-            let (_, buffers, _) = T::buffers(self.scratch);
-            let feeds = [Copied(&mut buffers.x), Copied(&mut buffers.dense)];
-            work::<S, T, T, _, TILE>(isa, self.job, self.first, self.last, feeds, &mut buffers.block)
-        }
-    }
-);
-
-/// `N` rows at a time.
-#[inline(always)]
-fn work<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(
-    isa: S,
-    job: &Job,
+/// Rows of one task, as a kernel.
+struct Chunk<'j, 'a, T> {
+    job: &'j Job<'a>,
     first: usize,
     last: usize,
-    mut feeds: [F; 2],
-    buffer: &mut Vec<T>,
-) -> Pair {
+    scratch: &'j mut Scratch,
+    element: PhantomData<T>,
+}
+
+impl<T: Work> Kernel for Chunk<'_, '_, T> {
+    type Output = Pair;
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> Pair {
+        let Chunk { job, first, last, .. } = self;
+        let (_, buffers, _) = T::buffers(self.scratch);
+        let feeds = [Feed::new(&job.x[P], &mut buffers.x), Feed::new(&job.x[Q], &mut buffers.dense)];
+        work(isa, job, first, last, feeds, &mut buffers.block)
+    }
+}
+
+#[inline(always)]
+fn work<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut feeds: [Feed<T>; 2], buffer: &mut Vec<T>) -> Pair {
     let constants = Constants::<S, T>::new(isa, job.scale);
     let empty = Divergence::new(&constants);
     let classes = job.layout.classes.size;
+    let most = if job.is_tiled() { TILE } else { 1 };
+    let (mut rows, mut slopes) = (vec![empty; most], vec![None; most]);
     let mut sum = Pair::default();
     let mut row = first;
     while row < last {
-        let n = N.min(job.layout.together(job.is_tiled(), row, last));
-        let mut rows: [Divergence<S, T>; N] = [empty; N];
+        let n = job.layout.together(job.is_tiled(), row, last);
+        rows[..n].fill(empty);
         for start in (0..classes).step_by(BLOCK) {
             let len = BLOCK.min(classes - start);
             for (feed, x) in feeds.iter_mut().zip(&job.x) {
-                feed.load(x, row, n, start, len);
+                feed.load(S::LEVEL, x, row, n, start, len);
             }
             for (slot, state) in rows[..n].iter_mut().enumerate() {
                 let (p, p_next) = feeds[P].block(&job.x[P], row, slot, start, len);
                 let (q, q_next) = feeds[Q].block(&job.x[Q], row, slot, start, len);
-                state.block::<E>(&constants, [p, q], [p_next, q_next], start);
+                state.block(&constants, [p, q], [p_next, q_next], start);
             }
         }
-        let mut slopes: [Option<Slope<S, T>>; N] = [None; N];
         for slot in 0..n {
             // Without classes there is nothing to differ.
             let (kl, slope) = if classes == 0 {
@@ -247,16 +206,15 @@ fn work<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(
         for start in (0..classes).step_by(BLOCK) {
             let len = BLOCK.min(classes - start);
             for (feed, x) in feeds.iter_mut().zip(&job.x) {
-                feed.load(x, row, n, start, len);
+                feed.load(S::LEVEL, x, row, n, start, len);
             }
             for (slot, slope) in slopes[..n].iter().enumerate() {
                 let Some(slope) = slope else { continue };
                 let (p, _) = feeds[P].block(&job.x[P], row, slot, start, len);
                 let (q, _) = feeds[Q].block(&job.x[Q], row, slot, start, len);
                 let (base, g) = (job.layout.rows.offset(OUT, row + slot), job.factor(row + slot));
-                // Where the logits are read in place the gradient has their type.
-                if job.out_direct && out.array().dtype() == E::DTYPE {
-                    slope.emit(&constants, [p, q], g, out.span::<E>(base, classes).part(start, len));
+                if job.out_direct && out.array().dtype() == T::DTYPE {
+                    slope.emit(&constants, [p, q], g, out.span::<T>(base, classes).part(start, len));
                 } else {
                     let block = &mut room(buffer, BLOCK)[..len];
                     slope.emit(&constants, [p, q], g, SpanMut::of(&mut *block));

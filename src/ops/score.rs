@@ -9,7 +9,7 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::blocks::{Copied, Feed, InPlace, Layout, Operand, RowResult, TILE};
+use super::blocks::{Feed, Layout, Operand, RowResult, TILE};
 use super::job::TASK;
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Scratch, Work};
@@ -79,10 +79,7 @@ pub fn score_tokens(exec: &Exec, logits: &Array, axis: usize, tokens: &Array, ig
         let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
         let mut scratch = SCRATCH.take().unwrap_or_default();
         with_element!(dtype, E => {
-            let chunk = Chunk::<E, true> { job: &job, first, last, scratch: &mut scratch, element: PhantomData };
-            if let Err(Chunk { scratch, .. }) = if job.x.is_direct() { exec.level.run_vectors(chunk) } else { Err(chunk) } {
-                exec.level.run(Chunk::<<E as Element>::Acc, false> { job: &job, first, last, scratch, element: PhantomData });
-            }
+            exec.level.run(Chunk::<<E as Element>::Acc> { job: &job, first, last, scratch: &mut scratch, element: PhantomData });
         });
         SCRATCH.set(Some(scratch));
         Ok(())
@@ -137,49 +134,41 @@ impl Job<'_> {
 }
 
 /// Rows of one task, as a kernel.
-struct Chunk<'j, 'a, E, const DIRECT: bool> {
+struct Chunk<'j, 'a, T> {
     job: &'j Job<'a>,
     first: usize,
     last: usize,
     scratch: &'j mut Scratch,
-    element: PhantomData<E>,
+    element: PhantomData<T>,
 }
 
-impl<E: Element, const DIRECT: bool> Kernel for Chunk<'_, '_, E, DIRECT>
-where
-    E::Acc: Work,
-{
+impl<T: Work> Kernel for Chunk<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         let Chunk { job, first, last, .. } = self;
-        let (_, buffers, _) = E::Acc::buffers(self.scratch);
-        let copy = &mut buffers.x;
-        match (DIRECT, job.entropy.is_some()) {
-            (true, false) => score::<S, E, E::Acc, _, false, 1>(isa, job, first, last, InPlace),
-            (true, true) => score::<S, E, E::Acc, _, true, 1>(isa, job, first, last, InPlace),
-            (false, false) => score::<S, E::Acc, E::Acc, _, false, TILE>(isa, job, first, last, Copied(copy)),
-            (false, true) => score::<S, E::Acc, E::Acc, _, true, TILE>(isa, job, first, last, Copied(copy)),
+        let (_, buffers, _) = T::buffers(self.scratch);
+        let feed = Feed::new(&job.x, &mut buffers.x);
+        if job.entropy.is_some() {
+            score::<S, T, true>(isa, job, first, last, feed);
+        } else {
+            score::<S, T, false>(isa, job, first, last, feed);
         }
     }
 }
 
-/// `N` rows at a time.
 #[inline(always)]
-fn score<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const SPREAD: bool, const N: usize>(
-    isa: S,
-    job: &Job,
-    first: usize,
-    last: usize,
-    mut feed: F,
-) {
+fn score<S: Isa, T: Work, const SPREAD: bool>(isa: S, job: &Job, first: usize, last: usize, mut feed: Feed<T>) {
     let constants = Constants::<S, T>::new(isa, 1.0);
     let empty = Scan::new(&constants);
     let classes = job.layout.classes.size;
+    let (mut logit, mut rank) = ([T::ZERO; TILE], [0; TILE]);
+    let mut scans = vec![empty; if job.x.is_tiled() { TILE } else { 1 }];
     let mut row = first;
     while row < last {
-        let n = N.min(job.layout.together(job.x.is_tiled(), row, last));
-        let (mut logit, mut rank) = ([T::ZERO; N], [0; N]);
+        let n = job.layout.together(job.x.is_tiled(), row, last);
+        rank[..n].fill(0);
+        scans[..n].fill(empty);
         let mut any = false;
         for (slot, logit) in logit[..n].iter_mut().enumerate() {
             if let Ok(class) = usize::try_from(job.class[row + slot]) {
@@ -187,13 +176,12 @@ fn score<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const SPREAD: bool, c
                 any = true;
             }
         }
-        let mut scans: [Scan<S, T>; N] = [empty; N];
         for start in (0..if any { classes } else { 0 }).step_by(BLOCK) {
             let len = BLOCK.min(classes - start);
-            feed.load(&job.x, row, n, start, len);
+            feed.load(S::LEVEL, &job.x, row, n, start, len);
             for slot in (0..n).filter(|slot| job.class[row + slot] != NONE) {
                 let (block, next) = feed.block(&job.x, row, slot, start, len);
-                scans[slot].block::<E, SPREAD>(&constants, block, next, start);
+                scans[slot].block::<SPREAD>(&constants, block, next, start);
                 if job.rank.is_some() {
                     rank[slot] += larger(isa, block, logit[slot]);
                 }

@@ -2,9 +2,14 @@
 
 use std::cell::Cell;
 
-use crate::array::{Float, FromNumber, Offsets};
+use half::{bf16, f16};
+
+use crate::array::{Array, DType, Float, FromNumber, Offsets};
 use crate::kernels::finish::Tile;
 use crate::kernels::state::{Reference, Summand};
+use crate::simd::Level;
+
+use super::source::line_of;
 
 /// Scratch of one thread, kept between calls.
 #[derive(Default)]
@@ -33,13 +38,28 @@ thread_local! {
 /// Float types with scratch buffers.
 pub(super) trait Work: Summand + FromNumber {
     fn buffers(scratch: &mut Scratch) -> (&mut Tile, &mut Buffers<Self>, &mut Vec<Reference>);
+    /// See [`super::source::line`]; false for types that are not computed in this one.
+    fn line(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [Self]) -> bool;
 }
 impl Work for f32 {
+    fn line(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [f32]) -> bool {
+        match array.dtype() {
+            DType::F16 => line_of::<f16, f32>(level, array, offset, backwards, dst),
+            DType::Bf16 => line_of::<bf16, f32>(level, array, offset, backwards, dst),
+            DType::F32 => line_of::<f32, f32>(level, array, offset, backwards, dst),
+            _ => false,
+        }
+    }
+
     fn buffers(scratch: &mut Scratch) -> (&mut Tile, &mut Buffers<Self>, &mut Vec<Reference>) {
         (&mut scratch.tile, &mut scratch.single, &mut scratch.references)
     }
 }
 impl Work for f64 {
+    fn line(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [f64]) -> bool {
+        array.dtype() == DType::F64 && line_of::<f64, f64>(level, array, offset, backwards, dst)
+    }
+
     fn buffers(scratch: &mut Scratch) -> (&mut Tile, &mut Buffers<Self>, &mut Vec<Reference>) {
         (&mut scratch.tile, &mut scratch.double, &mut scratch.references)
     }

@@ -92,6 +92,21 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Line<'_, E, T> {
     }
 }
 
+/// Reads a run of adjacent elements, widened; `offset` is that of the lowest.
+pub(super) fn line<T: Work>(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [T]) {
+    if !T::line(level, array, offset, backwards, dst) {
+        let (n, size) = (dst.len(), array.dtype().size() as isize);
+        let (first, stride) = if backwards { (offset + (n as isize - 1) * size, -size) } else { (offset, size) };
+        array.read(first, stride, n, dst, 1);
+    }
+}
+
+/// The same of elements `E`, which are computed in `T`.
+pub(super) fn line_of<E: Element<Acc = T>, T: Work>(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [T]) -> bool {
+    level.run(Line { src: array.span::<E>(offset, dst.len()), backwards, dst });
+    true
+}
+
 /// What is under False becomes `to`.
 pub(super) struct Masked<'s, T> {
     pub(super) mask: &'s [u8],
@@ -135,20 +150,20 @@ impl<T: Work> Kernel for Product<'_, T> {
 }
 
 /// Reads classes `start..` of a row of logits into scratch, as they are.
-fn gather_line<E: Element<Acc = T>, T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
+fn unbent<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
     let base = job.rows.offset(X, row);
     if job.lines && !dst.is_empty() {
-        let (n, stride) = (dst.len(), job.classes.inner_stride(X));
-        let first = base + if stride < 0 { start + n - 1 } else { start } as isize * stride;
-        job.level.run(Line { src: job.x.span::<E>(first, n), backwards: stride < 0, dst });
+        let stride = job.classes.inner_stride(X);
+        let lowest = if stride < 0 { start + dst.len() - 1 } else { start };
+        line(job.level, job.x, base + lowest as isize * stride, stride < 0, dst);
     } else {
         gather(job.x, X, &job.classes, base, start, dst, dst.len(), 1);
     }
 }
 
 /// Reads classes `start..` of a row of logits into scratch, bent.
-pub(super) fn logits<E: Element<Acc = T>, T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
-    gather_line::<E, T>(job, row, start, dst);
+pub(super) fn logits<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
+    unbent(job, row, start, dst);
     if let Some(cap) = job.bend.softcap {
         softcap(job.level, cap, false, dst);
     }
@@ -167,12 +182,12 @@ fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: &mut [T]) {
 }
 
 /// Multiplies gradients of a row in scratch by what bending did to the logits. Read before the logits are overwritten.
-pub(super) fn unbend<E: Element<Acc = T>, T: Work>(job: &Job, row: usize, start: usize, gradient: &mut [T]) {
+pub(super) fn unbend<T: Work>(job: &Job, row: usize, start: usize, gradient: &mut [T]) {
     if let Some(cap) = job.bend.softcap {
         let mut slope = [T::ZERO; rows::BLOCK];
         for (index, gradient) in gradient.chunks_mut(rows::BLOCK).enumerate() {
             let slope = &mut slope[..gradient.len()];
-            gather_line::<E, T>(job, row, start + index * rows::BLOCK, slope);
+            unbent(job, row, start + index * rows::BLOCK, slope);
             softcap(job.level, cap, true, slope);
             job.level.run(Product { x: gradient, by: slope });
         }

@@ -10,7 +10,7 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::blocks::{Copied, Feed, InPlace, Layout, Operand, TILE};
+use super::blocks::{Feed, Layout, Operand, TILE};
 use super::job::TASK;
 use super::plan::Axes;
 use super::scratch::{SCRATCH, Scratch, Work};
@@ -49,10 +49,7 @@ pub fn topk_logprobs(exec: &Exec, logits: &Array, axis: usize, logprobs: &Out, i
         let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
         let mut scratch = SCRATCH.take().unwrap_or_default();
         with_element!(dtype, E => {
-            let chunk = Chunk::<E, true> { job: &job, first, last, scratch: &mut scratch, element: PhantomData };
-            if let Err(Chunk { scratch, .. }) = if job.x.is_direct() { exec.level.run_vectors(chunk) } else { Err(chunk) } {
-                exec.level.run(Chunk::<<E as Element>::Acc, false> { job: &job, first, last, scratch, element: PhantomData });
-            }
+            exec.level.run(Chunk::<<E as Element>::Acc> { job: &job, first, last, scratch: &mut scratch, element: PhantomData });
         });
         SCRATCH.set(Some(scratch));
         Ok(())
@@ -73,42 +70,37 @@ struct Job<'a> {
     failed: AtomicBool,
 }
 
-struct Chunk<'j, 'a, E, const DIRECT: bool> {
+struct Chunk<'j, 'a, T> {
     job: &'j Job<'a>,
     first: usize,
     last: usize,
     scratch: &'j mut Scratch,
-    element: PhantomData<E>,
+    element: PhantomData<T>,
 }
 
-impl<E: Element, const DIRECT: bool> Kernel for Chunk<'_, '_, E, DIRECT>
-where
-    E::Acc: Work,
-{
+impl<T: Work> Kernel for Chunk<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         let Chunk { job, first, last, .. } = self;
-        let (_, buffers, _) = E::Acc::buffers(self.scratch);
-        if DIRECT {
-            search::<S, E, E::Acc, _, 1>(isa, job, first, last, InPlace);
-        } else {
-            search::<S, E::Acc, E::Acc, _, TILE>(isa, job, first, last, Copied(&mut buffers.x));
-        }
+        let (_, buffers, _) = T::buffers(self.scratch);
+        search(isa, job, first, last, Feed::new(&job.x, &mut buffers.x));
     }
 }
 
 #[inline(always)]
-fn search<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(isa: S, job: &Job, first: usize, last: usize, mut feed: F) {
+fn search<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut feed: Feed<T>) {
     let constants = Constants::<S, T>::new(isa, 1.0);
     let empty = Scan::new(&constants);
     let classes = job.layout.classes.size;
-    let mut best: [Largest<T>; N] = core::array::from_fn(|_| Largest::default());
+    let most = if job.x.is_tiled() { TILE } else { 1 };
+    let (mut scans, mut best) = (vec![empty; most], Vec::new());
+    best.resize_with(most, Largest::<T>::default);
     let mut row = first;
     while row < last {
         // Rows share a tile as long as their candidates take little memory.
-        let n = N.min(job.layout.together(job.x.is_tiled(), row, last)).min((TASK / job.k).max(1));
-        let mut scans: [Scan<S, T>; N] = [empty; N];
+        let n = job.layout.together(job.x.is_tiled(), row, last).min((TASK / job.k).max(1));
+        scans[..n].fill(empty);
         for best in &mut best[..n] {
             if !best.begin(job.k) {
                 job.failed.store(true, Ordering::Relaxed);
@@ -117,10 +109,10 @@ fn search<S: Isa, E: Element<Acc = T>, T: Work, F: Feed<E>, const N: usize>(isa:
         }
         for start in (0..classes).step_by(BLOCK) {
             let len = BLOCK.min(classes - start);
-            feed.load(&job.x, row, n, start, len);
+            feed.load(S::LEVEL, &job.x, row, n, start, len);
             for slot in 0..n {
                 let (block, next) = feed.block(&job.x, row, slot, start, len);
-                let top = scans[slot].block::<E, false>(&constants, block, next, start);
+                let top = scans[slot].block::<false>(&constants, block, next, start);
                 best[slot].block(isa, block, top, start);
             }
         }

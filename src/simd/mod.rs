@@ -141,33 +141,24 @@ impl Level {
     /// Runs `kernel` compiled for this level; a level this machine lacks falls back to [`Scalar`].
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        match self.run_vectors(kernel) {
-            Ok(output) => output,
-            Err(kernel) => kernel.run(Scalar),
-        }
-    }
-
-    /// Runs `kernel` compiled for this level, or hands it back where that is [`Scalar`]: no portable code is made of it.
-    #[inline]
-    pub fn run_vectors<K: Kernel>(self, kernel: K) -> Result<K::Output, K> {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 if let Some(isa) = avx512::Avx512::detect() {
-                    return Ok(isa.run(kernel));
+                    return isa.run(kernel);
                 }
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
                 if let Some(isa) = avx2::Avx2::detect() {
-                    return Ok(isa.run(kernel));
+                    return isa.run(kernel);
                 }
             }
             #[cfg(target_arch = "aarch64")]
-            Self::Neon => return Ok(neon::Neon::detect().run(kernel)),
+            Self::Neon => return neon::Neon::detect().run(kernel),
             _ => {}
         }
-        Err(kernel)
+        kernel.run(Scalar)
     }
 }
 
