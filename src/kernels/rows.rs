@@ -5,7 +5,7 @@
 //! the running maximum is it looked at again, to count the ties.
 
 use crate::array::{DType, Element, Float, Rows, RowsMut, Span, SpanMut, Vf};
-use crate::simd::{Isa, Kernel, Mask, Scalar, Vector};
+use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
 use super::finish::Tile;
 use super::math::{Anchored, Exp, Real};
@@ -208,10 +208,10 @@ fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
 
 /// One block: the sums of its exponentials, and the maximum of the block after it in the same loop.
 ///
-/// TOP: the running maximum is among its classes (or LIN, a dense stream, which needs to know of each whether it is). FAR: the maximum is off the
-/// grid of the integer reduction; then x − b first, which is exact or dwarfed by x's own spacing.
+/// TOP: the running maximum is among its classes (or LIN, a dense stream, which needs to know of each whether it is), or off the grid of the
+/// integer reduction: then x − b first, which is exact or dwarfed by x's own spacing, and x itself where b is 0.
 #[inline(always)]
-fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, const FAR: bool>(
+fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool>(
     isa: S,
     at: &Lanes<Vf<S, T>>,
     x: Span<T>,
@@ -238,7 +238,7 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, co
         for u in 0..4 {
             max[u & own] = beside.load(isa, u * step).max(max[u & own]);
             let v = x.load(isa, u * step);
-            let e = at.at.parts(if FAR { v - at.b } else { v });
+            let e = at.at.parts(if TOP { v - at.b } else { v });
             if STORE {
                 dst.store(isa, i + u * step, e.0 * e.1);
             }
@@ -254,7 +254,7 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, co
     while i < len {
         let n = step.min(len - i);
         let v = x.load_partial(isa, i, n, T::NEG_INF);
-        let e = at.at.parts(if FAR { v - at.b } else { v });
+        let e = at.at.parts(if TOP { v - at.b } else { v });
         if STORE {
             dst.store_partial(isa, i, n, e.0 * e.1);
         }
@@ -403,10 +403,10 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
             let at_next = next.len().min(from);
             // The last stretch takes all that is left of the next block.
             let next = next.part(at_next, if from + n < block.len() { n.min(next.len() - at_next) } else { next.len() - at_next });
-            let sums = match (far, tops || LIN) {
-                (false, false) => pass::<S, T, LIN, STORE, false, false>(isa, &at, x, next, t, to),
-                (false, true) => pass::<S, T, LIN, STORE, true, false>(isa, &at, x, next, t, to),
-                (true, _) => pass::<S, T, LIN, STORE, true, true>(isa, &at, x, next, t, to),
+            let sums = if far || tops || LIN || S::LEVEL == Level::Scalar {
+                pass::<S, T, LIN, STORE, true>(isa, &at, x, next, t, to)
+            } else {
+                pass::<S, T, LIN, STORE, false>(isa, &at, x, next, t, to)
             };
             next_top = sums.next.max(next_top);
             ties += sums.ties as f64;

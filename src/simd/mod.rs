@@ -158,8 +158,14 @@ impl Level {
             Self::Neon => return neon::Neon::detect().run(kernel),
             _ => {}
         }
-        kernel.run(Scalar)
+        portable(kernel)
     }
+}
+
+/// Not part of its callers: they would carry it for nothing.
+#[inline(never)]
+fn portable<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Scalar)
 }
 
 /// Who made the processor, as it says itself; zeros where it cannot.
