@@ -155,6 +155,27 @@ impl<'a> Array<'a> {
         unsafe { Span::new(self.ptr.offset(offset).cast::<E>(), len) }
     }
 
+    /// The same of either half type; nothing of others.
+    pub(crate) fn half(&self, offset: isize, len: usize) -> Option<Half<'a>> {
+        match self.dtype {
+            DType::F16 => Some(Half::F16(self.span(offset, len))),
+            DType::Bf16 => Some(Half::Bf16(self.span(offset, len))),
+            _ => None,
+        }
+    }
+
+    /// As [`Array::rows`] of either half type; nothing of others.
+    pub(crate) fn half_rows<'o>(&self, base: isize, offsets: &'o Offsets, len: usize) -> Option<HalfRows<'o>>
+    where
+        'a: 'o,
+    {
+        match self.dtype {
+            DType::F16 => Some(HalfRows::F16(self.rows(base, offsets, len))),
+            DType::Bf16 => Some(HalfRows::Bf16(self.rows(base, offsets, len))),
+            _ => None,
+        }
+    }
+
     /// Columns at a byte offset whose classes are `stride` bytes apart; panics as [`Array::span`].
     #[inline(always)]
     pub(crate) fn columns<E: Element>(&self, offset: isize, stride: isize, classes: usize, width: usize) -> Columns<'a, E> {
@@ -515,6 +536,77 @@ pub trait Float: Element<Acc = Self> + PartialOrd + core::fmt::Debug {
     const MAX: Self;
     /// Widened exactly.
     fn to_f64(self) -> f64;
+    /// The `n` halves from `i` on, widened, the other lanes −inf. Halves are computed in `f32`: other types give anything.
+    fn load_half<S: Isa>(isa: S, half: Half, i: usize, n: usize) -> Vf<S, Self>;
+}
+
+/// A run of halves of either type.
+#[derive(Clone, Copy)]
+pub enum Half<'a> {
+    /// IEEE half precision.
+    F16(Span<'a, f16>),
+    /// bfloat16.
+    Bf16(Span<'a, bf16>),
+}
+
+impl Half<'_> {
+    /// Number of elements.
+    #[inline(always)]
+    pub fn len(self) -> usize {
+        match self {
+            Self::F16(span) => span.len(),
+            Self::Bf16(span) => span.len(),
+        }
+    }
+    /// Whether it is empty.
+    #[inline(always)]
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+    /// As [`Span::part`].
+    #[must_use]
+    #[inline(always)]
+    pub fn part(self, start: usize, len: usize) -> Self {
+        match self {
+            Self::F16(span) => Self::F16(span.part(start, len)),
+            Self::Bf16(span) => Self::Bf16(span.part(start, len)),
+        }
+    }
+}
+
+/// Rows of halves of either type, see [`Rows`].
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub enum HalfRows<'a> {
+    F16(Rows<'a, f16>),
+    Bf16(Rows<'a, bf16>),
+}
+
+impl<'a> HalfRows<'a> {
+    /// A single row.
+    #[inline(always)]
+    pub fn single(row: Half<'a>) -> Self {
+        match row {
+            Half::F16(span) => Self::F16(Rows::single(span)),
+            Half::Bf16(span) => Self::Bf16(Rows::single(span)),
+        }
+    }
+    /// Row `r`.
+    #[inline(always)]
+    pub fn row(self, r: usize) -> Half<'a> {
+        match self {
+            Self::F16(rows) => Half::F16(rows.row(r)),
+            Self::Bf16(rows) => Half::Bf16(rows.row(r)),
+        }
+    }
+    /// As [`Rows::address`].
+    #[inline(always)]
+    pub fn address(self, r: usize) -> *const u8 {
+        match self {
+            Self::F16(rows) => rows.address(r),
+            Self::Bf16(rows) => rows.address(r),
+        }
+    }
 }
 
 /// The vector of `T` in the instruction set `S`.
@@ -572,6 +664,16 @@ impl Float for f32 {
     fn to_f64(self) -> f64 {
         f64::from(self)
     }
+    #[inline(always)]
+    fn load_half<S: Isa>(isa: S, half: Half, i: usize, n: usize) -> S::F32 {
+        let whole = n == S::F32::LANES;
+        match half {
+            Half::F16(span) if whole => span.load(isa, i),
+            Half::Bf16(span) if whole => span.load(isa, i),
+            Half::F16(span) => span.load_partial(isa, i, n, f16::NEG_INFINITY),
+            Half::Bf16(span) => span.load_partial(isa, i, n, bf16::NEG_INFINITY),
+        }
+    }
 }
 
 impl Element for f64 {
@@ -626,6 +728,10 @@ impl Float for f64 {
     fn to_f64(self) -> f64 {
         self
     }
+    #[inline(always)]
+    fn load_half<S: Isa>(isa: S, _half: Half, _i: usize, _n: usize) -> S::F64 {
+        S::F64::splat(isa, 0.0)
+    }
 }
 
 macro_rules! half_element {
@@ -654,6 +760,15 @@ macro_rules! half_element {
             unsafe fn store<S: Isa>(isa: S, v: S::F32, dst: *mut Self) {
                 // SAFETY: the type is a transparent u16; otherwise the caller's promise is the same.
                 unsafe { isa.$store(v, dst.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn stream<S: Isa>(isa: S, v: S::F32, dst: *mut Self) {
+                let mut whole = [<$type>::ZERO; 16];
+                // SAFETY: the copy has room for every lane; otherwise the caller's promise is the same.
+                unsafe {
+                    isa.$store(v, whole.as_mut_ptr().cast());
+                    isa.stream_halves(whole.as_ptr().cast(), dst.cast());
+                }
             }
             #[inline(always)]
             unsafe fn load_partial<S: Isa>(isa: S, src: *const Self, n: usize, fill: Self) -> S::F32 {

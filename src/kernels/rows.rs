@@ -4,7 +4,7 @@
 //! in one unbroken stream; a block's exponentials are relative to the maximum of everything up to and including it. Only where a block reaches
 //! the running maximum is it looked at again, to count the ties.
 
-use crate::array::{DType, Element, Float, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::array::{DType, Element, Float, Half, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
 use super::finish::Tile;
@@ -34,9 +34,86 @@ pub enum Input<'a, T> {
         /// Classes in the row.
         classes: usize,
     },
+    /// Halves, which are widened block by block, each in the loop over the block before it.
+    Half {
+        /// The row.
+        row: Half<'a>,
+        /// The next one, if any.
+        after: Option<Half<'a>>,
+        /// As above. Its contents outlast the row: the first block of the next one may be there.
+        scratch: &'a mut [T],
+    },
 }
 
-impl<'a, T: Float> Input<'a, T> {
+/// What is known of the row that is read next.
+#[derive(Clone, Copy, Debug)]
+pub struct Known<T> {
+    /// The maximum of its first block.
+    pub top: Option<T>,
+    /// Which part of the scratch the first block is in, or goes to.
+    pub turn: usize,
+}
+
+impl<T> Default for Known<T> {
+    fn default() -> Self {
+        Self { top: None, turn: 0 }
+    }
+}
+
+/// The block to be read next: its maximum is taken in the loop over the one before it, and halves are widened there.
+#[derive(Clone, Copy)]
+struct Ahead<'a, T> {
+    block: Span<'a, T>,
+    /// What is to be widened into the block.
+    from: Option<(Half<'a>, SpanMut<'a, T>)>,
+}
+
+impl<'a, T: Real> Ahead<'a, T> {
+    #[inline(always)]
+    fn of(block: Span<'a, T>) -> Self {
+        Self { block, from: None }
+    }
+    #[inline(always)]
+    fn half(from: Half<'a>, to: SpanMut<'a, T>) -> Self {
+        Self { block: to.read(), from: Some((from, to)) }
+    }
+    #[inline(always)]
+    fn part(self, start: usize, len: usize) -> Self {
+        Self { block: self.block.part(start, len), from: self.from.map(|(half, to)| (half.part(start, len), to.part(start, len))) }
+    }
+    /// A vector from element `i` on.
+    #[inline(always)]
+    fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, T> {
+        let Some((half, to)) = self.from else { return self.block.load(isa, i) };
+        let v = T::load_half(isa, half, i, Vf::<S, T>::LANES);
+        to.store(isa, i, v);
+        v
+    }
+    /// The maximum.
+    #[inline(always)]
+    fn max<S: Isa>(self, isa: S) -> Vf<S, T> {
+        let Some((half, to)) = self.from else { return block_max(isa, self.block) };
+        let step = Vf::<S, T>::LANES;
+        let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 2];
+        let mut i = 0;
+        while i + 2 * step <= half.len() {
+            for (u, max) in max.iter_mut().enumerate() {
+                *max = self.load(isa, i + u * step).max(*max);
+            }
+            i += 2 * step;
+        }
+        while i < half.len() {
+            let n = step.min(half.len() - i);
+            let v = T::load_half(isa, half, i, n);
+            to.store_partial(isa, i, n, v);
+            max[0] = v.max(max[0]);
+            i += n;
+        }
+        max[0].max(max[1])
+    }
+}
+
+impl<'a, T: Real> Input<'a, T> {
     /// A row with nothing after it.
     pub fn row(row: Span<'a, T>) -> Self {
         Self::Row { row, after: Span::of(&[]) }
@@ -45,12 +122,29 @@ impl<'a, T: Float> Input<'a, T> {
     /// Block `index`, and the block that will be asked for next, of this row or another: empty when it cannot be read yet. Blocks are asked for in
     /// ascending order.
     #[inline(always)]
-    fn block(&mut self, index: usize) -> (Span<'_, T>, Span<'_, T>) {
+    fn block<S: Isa>(&mut self, isa: S, index: usize, known: &mut Known<T>) -> (Span<'_, T>, Ahead<'_, T>) {
         match self {
-            Self::None => (Span::of(&[]), Span::of(&[])),
+            Self::None => (Span::of(&[]), Ahead::of(Span::of(&[]))),
             Self::Row { row, after } => {
                 let next = if (index + 1) * BLOCK < row.len() { block_of(*row, index + 1) } else { block_of(*after, 0) };
-                (block_of(*row, index), next)
+                (block_of(*row, index), Ahead::of(next))
+            }
+            Self::Half { row, after, scratch } => {
+                let of = |row: Half<'a>, index: usize| row.part(index * BLOCK, BLOCK.min(row.len() - index * BLOCK));
+                let (even, odd) = scratch.split_at_mut(BLOCK);
+                let (this, other) = if known.turn == 0 { (even, odd) } else { (odd, even) };
+                known.turn = 1 - known.turn;
+                let half = of(*row, index);
+                let this = SpanMut::of(&mut this[..half.len()]);
+                if known.top.is_none() {
+                    known.top = Some(Ahead::half(half, this).max(isa).reduce_max());
+                }
+                let next = if (index + 1) * BLOCK < row.len() { Some(of(*row, index + 1)) } else { after.map(|after| of(after, 0)) };
+                let ahead = match next {
+                    Some(next) => Ahead::half(next, SpanMut::of(&mut other[..next.len()])),
+                    None => Ahead::of(Span::of(&[])),
+                };
+                (this.read(), ahead)
             }
             Self::Made { fill, scratch, classes } => {
                 let len = |index: usize| BLOCK.min(classes.saturating_sub(index * BLOCK));
@@ -63,7 +157,7 @@ impl<'a, T: Float> Input<'a, T> {
                 if !next.is_empty() {
                     fill(index + 1, next);
                 }
-                (Span::of(&this[..len(index)]), Span::of(next))
+                (Span::of(&this[..len(index)]), Ahead::of(Span::of(next)))
             }
         }
     }
@@ -215,7 +309,7 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool>(
     isa: S,
     at: &Lanes<Vf<S, T>>,
     x: Span<T>,
-    next: Span<T>,
+    next: Ahead<T>,
     t: Span<T>,
     dst: SpanMut<T>,
 ) -> Sums<Vf<S, T>> {
@@ -229,9 +323,10 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool>(
     let len = x.len();
     // Past the end of the next block its last vectors are looked at again; what is left of it comes after the loop. Without one the block looks
     // at itself, and the answer is not used.
-    let fused = next.len() >= 4 * step;
-    let beside = if fused { next } else { x };
-    let last = beside.len().saturating_sub(4 * step);
+    let available = next.block.len();
+    let fused = available >= 4 * step;
+    let beside = if fused { next } else { Ahead::of(x) };
+    let last = beside.block.len().saturating_sub(4 * step);
     let mut i = 0;
     while i + 4 * step <= len {
         let (x, beside) = (x.part(i, 4 * step), beside.part(i.min(last), 4 * step));
@@ -250,7 +345,7 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool>(
         }
         i += 4 * step;
     }
-    let seen = if fused { i.min(next.len()) } else { 0 };
+    let seen = if fused { i.min(available) } else { 0 };
     while i < len {
         let n = step.min(len - i);
         let v = x.load_partial(isa, i, n, T::NEG_INF);
@@ -265,7 +360,7 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool>(
         }
         i += n;
     }
-    let left = block_max(isa, next.part(seen, next.len() - seen));
+    let left = next.part(seen, available - seen).max(isa);
     let max = if fused { max[0].max(max[1]).max(max[2].max(max[3])) } else { left };
     let [a, b, c, d] = parts;
     Sums {
@@ -309,8 +404,8 @@ pub struct Reduce<'a, T> {
     pub dst: Option<SpanMut<'a, T>>,
     /// The reference of block i at i, as far as there is room.
     pub references: &'a mut [Reference],
-    /// The maximum of the first block, if it is known, and then that of the block that `x` has ahead at its end.
-    pub known: &'a mut Option<T>,
+    /// What is known of the first block, and then of the block that `x` has ahead at its end.
+    pub known: &'a mut Known<T>,
     /// Logits to be told.
     pub wanted: Wanted<'a>,
     /// Called after each block: work that is done in between, so that memory is not idle while arithmetic goes on.
@@ -343,9 +438,9 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
     let (mut rest_extra, mut lin_extra, mut t_extra) = (Pair::default(), Pair::default(), Pair::default());
     for index in 0..classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
-        let (block, next) = x.block(index);
-        let dense = t.block(index).0;
-        let candidate = match known.take() {
+        let (block, next) = x.block(isa, index, known);
+        let dense = t.block(isa, index, &mut Known::default()).0;
+        let candidate = match known.top.take() {
             Some(top) => top,
             None => block_max(isa, block).reduce_max(),
         };
@@ -400,9 +495,9 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
             let x = block.part(from, n);
             let t = if LIN { dense.part(from, n) } else { dense };
             let to = if STORE { dst.part(start + from, n) } else { dst };
-            let at_next = next.len().min(from);
+            let (available, at_next) = (next.block.len(), next.block.len().min(from));
             // The last stretch takes all that is left of the next block.
-            let next = next.part(at_next, if from + n < block.len() { n.min(next.len() - at_next) } else { next.len() - at_next });
+            let next = next.part(at_next, if from + n < block.len() { n.min(available - at_next) } else { available - at_next });
             let sums = if far || tops || LIN || S::LEVEL == Level::Scalar {
                 pass::<S, T, LIN, STORE, true>(isa, &at, x, next, t, to)
             } else {
@@ -417,7 +512,7 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
             }
             from += n;
         }
-        *known = if next.is_empty() { None } else { Some(next_top.reduce_max()) };
+        known.top = if next.block.is_empty() { None } else { Some(next_top.reduce_max()) };
         if let Some(beside) = &mut beside {
             beside(index);
         }
@@ -439,6 +534,8 @@ pub struct Short<'a, T> {
     pub scale: f64,
     /// The logits of at most [`MOST_SHORT`] rows.
     pub x: Rows<'a, T>,
+    /// Halves that are to be widened to where the logits are then expected, if that is where they come from.
+    pub from: Option<(HalfRows<'a>, RowsMut<'a, T>)>,
     /// Where the exponentials go, if anywhere; may be the rows themselves.
     pub dst: Option<RowsMut<'a, T>>,
     /// A class of each row, or nothing: their logits go to `x_target`.
@@ -464,7 +561,7 @@ impl<T: Summand> Kernel for Short<'_, T> {
 #[inline(always)]
 fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     const GROUP: usize = 16;
-    let Short { scale, x, dst, classes, tile } = job;
+    let Short { scale, x, from, dst, classes, tile } = job;
     let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let limit = T::from_f64(T::LIMIT.to_f64() / scale);
@@ -476,7 +573,11 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
         let n = together.min(x.count() - first);
         for (r, top) in top[..n].iter_mut().enumerate() {
             let row = x.row(first + r);
-            *top = block_max(isa, row).reduce_max();
+            let ahead = match from {
+                Some((half, to)) => Ahead::half(half.row(first + r), to.row(first + r)),
+                None => Ahead::of(row),
+            };
+            *top = ahead.max(isa).reduce_max();
             if let Some(&class) = classes.get(first + r) {
                 tile.x_target[first + r] = row.get(class).to_f64();
             }
@@ -501,7 +602,11 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
             }
             let at = exp.anchored(Vf::<S, T>::splat(isa, magic[r]), Vf::<S, T>::splat(isa, floor[r]));
             let dst = if STORE { dst.row(slot) } else { SpanMut::of(&mut []) };
-            let (row, ahead) = (x.row(slot), x.address(slot + n));
+            let row = x.row(slot);
+            let ahead = match from {
+                Some((half, _)) => half.address(slot + n),
+                None => x.address(slot + n),
+            };
             let (rest, ties) = sum_row::<S, T, STORE>(isa, &at, Vf::<S, T>::splat(isa, top[r]), row, ahead, dst);
             (tile.rest[slot], tile.ties[slot]) = (rest, ties as f64);
         }
@@ -667,8 +772,32 @@ impl<S: Isa, T: Real> Values<S, T> for Balanced<'_, Vf<S, T>> {
     }
 }
 
+/// Logits, of the type that is computed in or halves.
+#[derive(Clone, Copy)]
+struct Source<'a, T> {
+    wide: Span<'a, T>,
+    half: Option<Half<'a>>,
+}
+
+impl<T: Real> Source<'_, T> {
+    #[inline(always)]
+    fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, T> {
+        match self.half {
+            Some(half) => T::load_half(isa, half, i, Vf::<S, T>::LANES),
+            None => self.wide.load(isa, i),
+        }
+    }
+    #[inline(always)]
+    fn load_partial<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        match self.half {
+            Some(half) => T::load_half(isa, half, i, n),
+            None => self.wide.load_partial(isa, i, n, T::NEG_INF),
+        }
+    }
+}
+
 struct Anew<'a, V: Vector> {
-    x: Span<'a, V::Elem>,
+    x: Source<'a, V::Elem>,
     at: Anchored<V>,
     b: V,
     scaling: Scaling<'a, V>,
@@ -681,12 +810,12 @@ impl<S: Isa, T: Real> Values<S, T> for Anew<'_, Vf<S, T>> {
     }
     #[inline(always)]
     fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        self.scaling.partial(isa, i, n, self.at.exp2(self.x.load_partial(isa, i, n, T::NEG_INF) - self.b))
+        self.scaling.partial(isa, i, n, self.at.exp2(self.x.load_partial(isa, i, n) - self.b))
     }
 }
 
 struct Logs<'a, V: Vector> {
-    x: Span<'a, V::Elem>,
+    x: Source<'a, V::Elem>,
     max: V,
     scale: V,
     log_sum: V,
@@ -699,7 +828,7 @@ impl<S: Isa, T: Real> Values<S, T> for Logs<'_, Vf<S, T>> {
     }
     #[inline(always)]
     fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        (self.x.load_partial(isa, i, n, T::ZERO) - self.max) * self.scale - self.log_sum
+        (self.x.load_partial(isa, i, n) - self.max) * self.scale - self.log_sum
     }
 }
 
@@ -728,6 +857,8 @@ pub struct Emit<'a, T, O> {
     pub first: usize,
     /// Logits or exponentials.
     pub src: Rows<'a, T>,
+    /// Stands for `src` where there are logits of a half type.
+    pub half: Option<HalfRows<'a>>,
     /// The dense stream, or nothing.
     pub t: Span<'a, T>,
     /// References of the exponentials, block by block of all rows; those of the rows where it is empty.
@@ -743,10 +874,12 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         let exp = Exp::<Vf<S, T>>::new(isa, self.scale);
-        let len = self.src.len();
+        let len = self.dst.read().len();
         let blocks = len.div_ceil(BLOCK);
-        for r in 0..self.src.count() {
-            let (src, dst) = (self.src.row(r), self.dst.row(r));
+        for r in 0..self.dst.count() {
+            let dst = self.dst.row(r);
+            let src =
+                Source { wide: if self.half.is_some() { Span::of(&[]) } else { self.src.row(r) }, half: self.half.map(|half| half.row(r)) };
             if self.references.is_empty() {
                 self.part(isa, &exp, self.first + r, None, src, self.t, dst);
                 continue;
@@ -754,7 +887,15 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
             for (index, &reference) in self.references[r * blocks..][..blocks].iter().enumerate() {
                 let (start, n) = (index * BLOCK, BLOCK.min(len - index * BLOCK));
                 let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
-                self.part(isa, &exp, self.first + r, Some(reference), src.part(start, n), t, dst.part(start, n));
+                self.part(
+                    isa,
+                    &exp,
+                    self.first + r,
+                    Some(reference),
+                    Source { wide: src.wide.part(start, n), half: None },
+                    t,
+                    dst.part(start, n),
+                );
             }
         }
         if self.past {
@@ -771,7 +912,7 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
         exp: &Exp<Vf<S, T>>,
         slot: usize,
         reference: Option<Reference>,
-        src: Span<T>,
+        src: Source<T>,
         t: Span<T>,
         dst: SpanMut<O>,
     ) {
@@ -798,9 +939,9 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
             let at = exp.anchor(splat::<S, T>(isa, own.k - factor.log2()));
             return write(isa, &Anew { x: src, at, b: splat::<S, T>(isa, own.b), scaling }, dst, self.past);
         }
-        let stored = Stored { e: src, scaling };
+        let stored = Stored { e: src.wide, scaling };
         if factor == 1.0 {
-            write(isa, &stored, dst, false);
+            write(isa, &stored, dst, self.past);
         } else {
             write(isa, &Balanced { stored, factor: splat::<S, T>(isa, factor) }, dst, false);
         }

@@ -3,10 +3,10 @@
 //! Rows are read where they stand if they are adjacent elements of the type that is computed in, otherwise they are copied to scratch, or block by
 //! block if they are long. Results are written where they belong, or to scratch first.
 
-use crate::array::{DType, Element, Out, Rows, RowsMut, Span, SpanMut};
+use crate::array::{DType, Element, HalfRows, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::columns;
 use crate::kernels::finish::{Terms, Tile, WIDTH};
-use crate::kernels::rows::{BLOCK, Emit, From, Input, MOST_SHORT, Reduce, Short, Wanted};
+use crate::kernels::rows::{BLOCK, Emit, From, Input, Known, MOST_SHORT, Reduce, Short, Wanted};
 use crate::kernels::state::{Pair, Reference, State};
 use crate::simd::{Isa, Kernel};
 use crate::tunables::tunables;
@@ -42,7 +42,7 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     };
     let mut sum = Pair::default();
     let mut kept = [0; WIDTH];
-    let mut known = None;
+    let mut known = Known::default();
     let mut row = first;
     while row < last {
         let (start, mut n) = (row, 0);
@@ -104,18 +104,15 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
     let pitch = classes.next_multiple_of(16);
     let local = local.run((pitch * size_of::<T>()) as isize, n, n);
     let copy = room(copy, n * pitch);
-    if !direct {
+    if !direct && !job.direct {
         for (slot, &row) in kept.iter().enumerate() {
             logits(job, row, 0, &mut copy[slot * pitch..][..classes]);
         }
     }
     let copied = RowsMut::of(copy, local, classes);
-    let x = if direct {
-        let (base, rows) = strip.offsets(X, 0, 0, here);
-        job.x.rows::<T>(base, rows, classes)
-    } else {
-        copied.read()
-    };
+    let (base, rows) = if job.direct { strip.offsets(X, 0, 0, here) } else { (0, &*here) };
+    let x = if direct { job.x.rows::<T>(base, rows, classes) } else { copied.read() };
+    let from = if job.direct { job.x.half_rows(base, rows, classes) } else { None }.map(|half| (half, copied));
     let out = job.out.map(|out| (out, if job.direct_out { strip.offsets(OUT, 0, 0, there) } else { (0, &*there) }));
     let e = match out {
         Some((out, (base, rows))) if in_result => Some(out.rows::<T>(base, rows, classes)),
@@ -128,12 +125,12 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
             &target[..n]
         }
         _ => {
-            targets(strip, |slot, j, class| tile.x_target[j * WIDTH + slot] = x.get(slot, class).to_f64());
+            targets(strip, |slot, j, class| tile.x_target[j * WIDTH + slot] = logit::<T>(job, kept[slot], class));
             &[]
         }
     };
     let scale = job.terms.scale;
-    if job.level.run(Short { scale, x, dst: e, classes: target, tile }) {
+    if job.level.run(Short { scale, x, from, dst: e, classes: target, tile }) {
         for slot in 0..n {
             if !tile.ties[slot].is_nan() {
                 continue;
@@ -145,7 +142,7 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
                 t: Input::None,
                 dst: e.map(|e| e.row(slot)),
                 references: &mut [],
-                known: &mut None,
+                known: &mut Known::default(),
                 wanted: Wanted { classes: &[], logits: &mut [] },
                 beside: None,
             });
@@ -156,7 +153,8 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
     job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
     if let Some((out, (base, rows))) = out {
         unbend_patches(job, kept, tile);
-        let emit = Results { job, from: if store { From::Stored } else { From::Logs }, tile, first: 0 };
+        let from = if store { From::Stored } else { From::Logs };
+        let emit = Results { job, from, tile, first: 0, past: at_once && !in_result };
         let src = e.map_or(x, RowsMut::read);
         if at_once {
             emit.write::<E, T>(src, Span::of(&[]), &[], out.rows::<E>(base, rows, classes));
@@ -185,7 +183,7 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
 }
 
 /// Rows of many blocks, or with a dense stream. `next` is the row after them, whose first maximum goes to `known`.
-fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, known: &mut Option<T>, scratch: &mut Scratch) -> Pair {
+fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, scratch: &mut Scratch) -> Pair {
     let Strip { job, kept, .. } = *strip;
     let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
     let blocks = classes.div_ceil(BLOCK);
@@ -204,12 +202,15 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         _ if store => From::Stored,
         _ => From::Anew,
     };
-    let (copy, dense, block) = (room(copy, 2 * BLOCK), room(dense, 2 * BLOCK), room(block, BLOCK));
+    let (copy, dense) = (room(copy, 2 * BLOCK), room(dense, 2 * BLOCK));
+    // Apart from the scratch of the reduction, where the first block of the next row may be.
+    let (block, again) = room(block, 2 * BLOCK).split_at_mut(BLOCK);
     let exponentials = room(exponentials, if store && !in_result { n * classes } else { 0 });
     let (shared, own) = (&shared[..], job.own_dense());
     let spreads: Vec<f64> = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
     references.resize(references.len().max(blocks * n), Reference { k: 0.0, b: 0.0 });
     let line = |row: usize| job.x.span::<T>(job.rows.offset(X, row), classes);
+    let half = |row: usize| if job.direct { job.x.half(job.rows.offset(X, row), classes) } else { None };
     let result = |row: usize| job.out.filter(|_| job.direct_out).map(|out| out.span::<E>(job.rows.offset(OUT, row), classes));
     let exponentials = SpanMut::of(exponentials);
     let stored = |slot: usize| match job.out {
@@ -229,6 +230,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         && job.out.is_some()
         && job.stores != Stores::Cached
         && classes >= tunables().beside_from;
+    let past = at_once && !in_result;
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     for (slot, &row) in kept.iter().enumerate() {
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
@@ -237,6 +239,8 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         let x = if direct {
             let after = kept.get(slot + 1).copied().or(next).map_or(Span::of(&[]), line);
             Input::Row { row: line(row), after }
+        } else if let Some(this) = half(row) {
+            Input::Half { row: this, after: kept.get(slot + 1).copied().or(next).and_then(half), scratch: copy }
         } else {
             Input::Made { fill: &mut fill, scratch: copy, classes }
         };
@@ -252,9 +256,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
                 if labels.entries <= 2 {
                     (classes_of[j], entries) = (class, j + 1);
                 } else {
-                    let mut x = [T::ZERO];
-                    logits(job, row, class, &mut x);
-                    tile.x_target[j * WIDTH + slot] = x[0].to_f64();
+                    tile.x_target[j * WIDTH + slot] = logit::<T>(job, row, class);
                 }
             }
         }
@@ -266,7 +268,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             if let Some(slot) = slot.checked_sub(1)
                 && index < blocks
             {
-                let results = Results { job, from, tile: finished, first: slot };
+                let results = Results { job, from, tile: finished, first: slot, past };
                 results.block::<E, T>(source(slot), if store { &before[slot * blocks..] } else { &[] }, index, result(kept[slot]));
             }
         };
@@ -290,7 +292,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         }
     }
     if beside {
-        let results = Results { job, from, tile, first: n - 1 };
+        let results = Results { job, from, tile, first: n - 1, past };
         for index in 0..blocks {
             let references = if store { &references[(n - 1) * blocks..] } else { &[] };
             results.block::<E, T>(source(n - 1), references, index, result(kept[n - 1]));
@@ -301,7 +303,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let Some(out) = job.out else { return settle(strip, tile) };
     unbend_patches(job, kept, tile);
     for (slot, &row) in kept.iter().enumerate().filter(|_| !beside) {
-        let results = Results { job, from, tile, first: slot };
+        let results = Results { job, from, tile, first: slot, past };
         let references = if store { &references[slot * blocks..][..blocks] } else { &[] };
         let src = if store {
             Some(stored(slot).read())
@@ -316,6 +318,13 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         {
             let t = if terms.dense && job.kind == Kind::Loss { Span::of(&shared[..classes]) } else { Span::of(&[]) };
             results.write::<E, T>(Rows::single(src), t, references, RowsMut::single(dst));
+            continue;
+        }
+        if at_once
+            && !terms.dense
+            && let (None, Some(half), Some(dst)) = (src, half(row), result(row))
+        {
+            results.emit::<E, T>(Rows::single(Span::of(&[])), Some(HalfRows::single(half)), Span::of(&[]), &[], RowsMut::single(dst));
             continue;
         }
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
@@ -333,8 +342,8 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             let src = if let Some(src) = src {
                 src.part(start, count)
             } else {
-                logits(job, row, start, &mut copy[..count]);
-                Span::of(&copy[..count])
+                logits(job, row, start, &mut again[..count]);
+                Span::of(&again[..count])
             };
             let references = references.get(index..=index).unwrap_or_default();
             match result(row) {
@@ -353,6 +362,13 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     settle(strip, tile)
 }
 
+/// One logit.
+fn logit<T: Work>(job: &Job, row: usize, class: usize) -> f64 {
+    let mut x = [T::ZERO];
+    logits(job, row, class, &mut x);
+    x[0].to_f64()
+}
+
 /// What results are made with.
 #[derive(Clone, Copy)]
 struct Results<'r, 'j, 'a> {
@@ -361,14 +377,27 @@ struct Results<'r, 'j, 'a> {
     tile: &'r Tile,
     /// The slot of the first row.
     first: usize,
+    /// Whether results may go past the caches: not where exponentials are.
+    past: bool,
 }
 
 impl Results<'_, '_, '_> {
     fn write<O: Element<Acc = T>, T: Work>(self, src: Rows<T>, t: Span<T>, references: &[Reference], dst: RowsMut<O>) {
-        let Self { job, from, tile, first } = self;
+        self.emit(src, None, t, references, dst);
+    }
+
+    fn emit<O: Element<Acc = T>, T: Work>(
+        self,
+        src: Rows<T>,
+        half: Option<HalfRows>,
+        t: Span<T>,
+        references: &[Reference],
+        dst: RowsMut<O>,
+    ) {
+        let Self { job, from, tile, first, past } = self;
         let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
-        let past = job.stores != Stores::Cached && dst.read().len() * size_of::<O>() >= STREAMED;
-        job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, t, references, dst, past });
+        let past = past && job.stores != Stores::Cached && job.classes.size * size_of::<O>() >= STREAMED;
+        job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, half, t, references, dst, past });
     }
 
     /// Block `index` of a row at `x` that is not in scratch.

@@ -70,6 +70,11 @@ impl Isa for Avx2 {
         unsafe { F32x8(_mm256_set_m128(_mm256_cvtpd_ps(hi.0), _mm256_cvtpd_ps(lo.0))) }
     }
     #[inline(always)]
+    unsafe fn stream_halves(self, src: *const u16, dst: *mut u16) {
+        // SAFETY: the token proves AVX2; the caller promises the memory and its alignment.
+        unsafe { _mm_stream_si128(dst.cast(), _mm_loadu_si128(src.cast())) }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, src: *const u16) -> F32x8 {
         // SAFETY: the token proves F16C; the caller promises eight readable elements.
         unsafe { F32x8(_mm256_cvtph_ps(_mm_loadu_si128(src.cast()))) }

@@ -75,6 +75,11 @@ impl Isa for Avx512 {
         unsafe { F32x16(_mm512_insertf32x8::<1>(_mm512_castps256_ps512(_mm512_cvtpd_ps(lo.0)), _mm512_cvtpd_ps(hi.0))) }
     }
     #[inline(always)]
+    unsafe fn stream_halves(self, src: *const u16, dst: *mut u16) {
+        // SAFETY: the token proves AVX-512 F and with it AVX2; the caller promises the memory and its alignment.
+        unsafe { _mm256_stream_si256(dst.cast(), _mm256_loadu_si256(src.cast())) }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, src: *const u16) -> F32x16 {
         // SAFETY: the token proves AVX-512 F; the caller promises sixteen readable elements.
         unsafe { F32x16(_mm512_cvtph_ps(_mm256_loadu_si256(src.cast()))) }

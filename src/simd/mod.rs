@@ -226,6 +226,14 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// # Safety
     /// `dst` is valid for writes of `F32::LANES` `u16`.
     unsafe fn store_bf16(self, v: Self::F32, dst: *mut u16);
+    /// Copies `F32::LANES` halves, past the caches where the instruction set can.
+    /// # Safety
+    /// `src` is valid for reads and `dst` for writes of that many `u16`; `dst` is aligned to as many bytes.
+    #[inline(always)]
+    unsafe fn stream_halves(self, src: *const u16, dst: *mut u16) {
+        // SAFETY: the caller's promise.
+        unsafe { core::ptr::copy_nonoverlapping(src, dst, Self::F32::LANES) }
+    }
     /// Asks for the cache line at an address, which need not be valid.
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
