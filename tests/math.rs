@@ -687,6 +687,44 @@ fn log1p_with_its_inverse() {
     }
 }
 
+/// In float32, against float64: every 509th positive number up to 2^100.
+#[test]
+fn log1p_with_its_inverse_f32() {
+    struct Both<'a>(&'a [f32], &'a mut [f32]);
+    impl Kernel for Both<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Isa>(self, isa: S) {
+            let (x, out) = (Span::of(self.0), SpanMut::of(self.1));
+            for i in (0..x.len()).step_by(S::F32::LANES) {
+                let (log, inverse) = log1p_inverse(isa, x.load::<S>(isa, i));
+                out.store(isa, i, log);
+                out.store(isa, x.len() + i, inverse);
+            }
+        }
+    }
+    let ulps = |got: f32, exact: f64| {
+        let exponent = (exact as f32).to_bits() >> 23;
+        (f64::from(got) - exact).abs() / (f64::from(exponent.max(1)) - 150.0).exp2()
+    };
+    let mut x: Vec<f32> = (0..(227_u32 << 23)).step_by(509).map(f32::from_bits).collect();
+    x.resize(x.len().next_multiple_of(64), 0.0);
+    for level in levels() {
+        let mut out = vec![0.0; 2 * x.len()];
+        level.run(Both(&x, &mut out));
+        let (mut log, mut inverse) = (0.0f64, 0.0f64);
+        for (i, &x) in x.iter().enumerate() {
+            log = log.max(ulps(out[i], f64::from(x).ln_1p()));
+            inverse = inverse.max(ulps(out[out.len() / 2 + i], 1.0 / (1.0 + f64::from(x))));
+        }
+        println!("log1p_inverse of float32 on {}: {log:.4} and {inverse:.4} ULP", level.name());
+        assert!(log <= 1.0 && inverse <= 3.0, "{}: {log}, {inverse}", level.name());
+        let mut special = [f32::NAN; 128];
+        level.run(Both(&[f32::NAN; 64], &mut special));
+        assert!(special.iter().all(|x| x.is_nan()));
+    }
+}
+
 #[test]
 fn tanh_f32() {
     measure::<f32>(Op::Tanh, 1.0, TANH_BOUND, bit_space(100.0, 4_000_000).filter(|x: &f32| *x != 0.0 && x.is_normal()));

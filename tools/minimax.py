@@ -162,8 +162,8 @@ def constants():
         values, error = expm1_polynomial(bits, degree + 1)
         yield name, "EXPM1", values, error
         yield name, "LN2", split(mp.log(2), bits), None
-    values, error = log_polynomial(53, 7)
-    yield "f64", "LOG", values, error
+        values, error = log_polynomial(bits, {24: 3, 53: 7}[bits])
+        yield name, "LOG", values, error
     yield "f64", "LOG2_E", split(1 / mp.log(2), 53), None
 
 

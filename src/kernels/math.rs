@@ -33,17 +33,6 @@ use crate::simd::Vector;
 /// The part of 1/ln 2 = log2 e that a float64 holds, and the rest. `tools/minimax.py`.
 const LOG2_E: [f64; 2] = [1.442_695_040_888_963_4, 2.035_527_374_093_103_3e-17];
 
-/// `(2·atanh(s) − 2s)/s = z·(c0 + c1·z + …)`, z = s², for (1+s)/(1−s) in [sqrt(1/2), sqrt(2)]; error 2^-59.0. `tools/minimax.py`.
-const LOG: [f64; 7] = [
-    0.666_666_666_666_671,
-    0.399_999_999_995_413_9,
-    0.285_714_287_208_589_9,
-    0.222_222_002_387_713_75,
-    0.181_835_008_991_620_42,
-    0.153_151_757_247_069_7,
-    0.147_889_688_258_906_4,
-];
-
 /// What the functions here need to know of a float type.
 pub trait Real: Float {
     /// 1.5·2^(digits − 1): a sum with it is rounded to an integer, of either sign.
@@ -72,6 +61,8 @@ pub trait Real: Float {
     const EXPM1: &'static [Self];
     /// ln 2 in two parts.
     const LN2: [Self; 2];
+    /// `(2·atanh(s) − 2s)/s = z·(c0 + c1·z + …)`, z = s², for (1+s)/(1−s) in [sqrt(1/2), sqrt(2)].
+    const LOG: &'static [Self];
 }
 
 impl Real for f32 {
@@ -112,6 +103,8 @@ impl Real for f32 {
     // Error 2^-31.1.
     const EXPM1: &'static [f32] = &[0.5, 0.166_666_66, 0.041_666_493, 0.008_333_544, 0.001_393_234, 0.000_197_634_3];
     const LN2: [f32; 2] = [0.693_147_2, -1.904_654_2e-9];
+    // Error 2^-30.2.
+    const LOG: &'static [f32] = &[0.666_667_76, 0.399_775_74, 0.298_712_34];
 }
 
 impl Real for f64 {
@@ -190,6 +183,16 @@ impl Real for f64 {
         2.090_382_972_583_046e-9,
     ];
     const LN2: [f64; 2] = [0.693_147_180_559_945_3, 2.319_046_813_846_299_6e-17];
+    // Error 2^-59.0.
+    const LOG: &'static [f64] = &[
+        0.666_666_666_666_671,
+        0.399_999_999_995_413_9,
+        0.285_714_287_208_589_9,
+        0.222_222_002_387_713_75,
+        0.181_835_008_991_620_42,
+        0.153_151_757_247_069_7,
+        0.147_889_688_258_906_4,
+    ];
 }
 
 /// `c0 + c1·x + …` by Horner's rule: fewest operations; the kernels keep enough vectors in flight to hide its latency.
@@ -366,55 +369,65 @@ where
 ///
 /// With 1 + r = 2^k·(1 + f), f in [sqrt(1/2) − 1, sqrt(2) − 1], and s = f/(2 + f): log(1 + f) = 2·atanh(s), and 2s = f − s·f.
 #[inline(always)]
-pub fn log1p<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> D {
+pub fn log1p<V: Vector>(isa: V::Isa, r: V) -> V
+where
+    V::Elem: Real,
+{
     let parts = Log1p::of(isa, r);
-    let (s, inverse) = (parts.f / (D::splat(isa, 2.0) + parts.f), D::splat(isa, 1.0) / parts.u);
+    let (one, two) = (V::splat(isa, V::Elem::ONE), V::splat(isa, V::Elem::from_f64(2.0)));
+    let (s, inverse) = (parts.f / (two + parts.f), one / parts.u);
     parts.log(isa, r, s, inverse)
 }
 
-/// The same and 1/(1 + r), for the price of one division: within one and two epsilon of the separate ones, for r up to 2^1000.
+/// The same and 1/(1 + r), for the price of one division: within one and two epsilon of the separate ones, for r up to 2^100 (f32) or 2^1000 (f64).
 #[inline(always)]
-pub fn log1p_inverse<D: Vector<Elem = f64>>(isa: D::Isa, r: D) -> (D, D) {
-    let two = D::splat(isa, 2.0);
+pub fn log1p_inverse<V: Vector>(isa: V::Isa, r: V) -> (V, V)
+where
+    V::Elem: Real,
+{
+    let (one, two) = (V::splat(isa, V::Elem::ONE), V::splat(isa, V::Elem::from_f64(2.0)));
     let parts = Log1p::of(isa, r);
-    let both = D::splat(isa, 1.0) / (parts.u * (two + parts.f));
+    let both = one / (parts.u * (two + parts.f));
     let inverse = both * (two + parts.f);
     (parts.log(isa, r, parts.f * (both * parts.u), inverse), inverse)
 }
 
 /// 1 + r = u = 2^k·(1 + f), and what rounding it took off.
 #[derive(Clone, Copy)]
-struct Log1p<D> {
-    u: D,
-    f: D,
-    k: D,
-    lost: D,
+struct Log1p<V> {
+    u: V,
+    f: V,
+    k: V,
+    lost: V,
 }
 
-impl<D: Vector<Elem = f64>> Log1p<D> {
+impl<V: Vector> Log1p<V>
+where
+    V::Elem: Real,
+{
     #[inline(always)]
-    fn of(isa: D::Isa, r: D) -> Self {
-        let (zero, one) = (D::splat(isa, 0.0), D::splat(isa, 1.0));
+    fn of(isa: V::Isa, r: V) -> Self {
+        let (zero, one) = (V::splat(isa, V::Elem::ZERO), V::splat(isa, V::Elem::ONE));
         let u = one + r;
         // The larger term leaves an exact difference.
         let large = one.lt(r);
-        let lost = D::select(large, one, r) - (u - D::select(large, r, one));
+        let lost = V::select(large, one, r) - (u - V::select(large, r, one));
         let (m, k) = u.frexp();
         // 1 + r < sqrt(2): r is f without any rounding.
-        let small = r.lt(D::splat(isa, core::f64::consts::SQRT_2 - 1.0));
-        Self { u, f: D::select(small, r, m - one), k: D::select(small, zero, k), lost: D::select(small, zero, lost) }
+        let small = r.lt(V::splat(isa, V::Elem::from_f64(core::f64::consts::SQRT_2 - 1.0)));
+        Self { u, f: V::select(small, r, m - one), k: V::select(small, zero, k), lost: V::select(small, zero, lost) }
     }
 
     /// The logarithm, given s = f/(2 + f) and 1/u.
     #[inline(always)]
-    fn log(self, isa: D::Isa, r: D, s: D, inverse: D) -> D {
+    fn log(self, isa: V::Isa, r: V, s: V, inverse: V) -> V {
         let z = s * s;
-        let tail = s * (self.f - z * polynomial(isa, &LOG, z));
-        let [ln2, ln2_rest] = f64::LN2;
+        let tail = s * (self.f - z * polynomial(isa, V::Elem::LOG, z));
+        let [ln2, ln2_rest] = V::Elem::LN2;
         // What was lost adds lost/u.
-        let rest = self.f - (tail - self.k.mul_add(D::splat(isa, ln2_rest), self.lost * inverse));
-        let log = self.k.mul_add(D::splat(isa, ln2), rest);
-        D::select(r.lt(D::splat(isa, f64::INFINITY)), log, r)
+        let rest = self.f - (tail - self.k.mul_add(V::splat(isa, ln2_rest), self.lost * inverse));
+        let log = self.k.mul_add(V::splat(isa, ln2), rest);
+        V::select(r.lt(V::splat(isa, V::Elem::from_f64(f64::INFINITY))), log, r)
     }
 }
 

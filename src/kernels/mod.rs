@@ -4,6 +4,7 @@
 
 pub mod columns;
 pub mod divergence;
+pub mod few;
 pub mod finish;
 pub mod math;
 pub mod rows;

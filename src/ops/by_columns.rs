@@ -4,6 +4,7 @@
 
 use crate::array::{Array, Columns, ColumnsMut, DType, Element, Offsets, Out, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Reduce};
+use crate::kernels::few::{self, Few};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Vector};
@@ -341,6 +342,8 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     // Whole vectors of any level.
     let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, 128);
     let width = if job.classes.size > BLOCK { WIDTH } else { width };
+    // The gradient too, if nothing of it is out of the ordinary.
+    let plain = plain::<T>(job) && job.upstream.is_none() && few::gradient_fits::<T>(job.g * job.terms.scale);
     let mut row = first;
     while row < last {
         let (start, mut n) = (row, 0);
@@ -363,12 +366,86 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
             }
         }
         if n > 0 {
-            sum.merge(strip::<E, T>(&Strip::new(job, &kept[..n]), width, scratch));
+            let rows = Strip::new(job, &kept[..n]);
+            sum.merge(if plain { plain_strip::<E, T>(&rows, width, scratch) } else { strip::<E, T>(&rows, width, scratch) });
         }
         if row - start > n {
             ignored(job, start, row, &kept[..n]);
         }
     }
+    sum
+}
+
+/// Whether losses are those of [`Few`]: index targets in float32 and nothing that weighs or bends.
+fn plain<T: Work>(job: &Job) -> bool {
+    let Some(labels) = &job.labels else { return false };
+    T::DTYPE == DType::F32
+        && (1..=BLOCK).contains(&job.classes.size)
+        && labels.entries == 1
+        && labels.share.is_empty()
+        && job.weight.is_empty()
+        && !job.weights.sampled()
+        && !job.bend.is_some()
+        && !job.terms.dense
+        && job.terms.z_loss == 0.0
+}
+
+/// The classes of a strip as numbers.
+fn numbers<T: Work>(strip: &Strip) -> [T; WIDTH] {
+    let mut target = [T::ZERO; WIDTH];
+    let Some(labels) = &strip.job.labels else { return target };
+    if strip.run {
+        let class = &labels.class[strip.kept[0]..][..strip.kept.len()];
+        target.iter_mut().zip(class).for_each(|(target, &class)| *target = T::number_f32(class as f32));
+    } else {
+        target.iter_mut().zip(strip.kept).for_each(|(target, &row)| *target = T::number_f32(labels.class[row] as f32));
+    }
+    target
+}
+
+/// One strip in the plain case. The sum of its losses.
+fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scratch: &mut Scratch) -> Pair {
+    let Strip { job, kept, .. } = *strip;
+    let (classes, n) = (job.classes.size, kept.len());
+    let mut offsets = core::mem::take(&mut scratch.offsets);
+    let (tile, Buffers { x, block: flat, .. }, _) = T::buffers(scratch);
+    tile.reserve(1);
+    let mut x = core::mem::take(x);
+    let logits = room(&mut x, classes * stride);
+    strip.fill::<E, T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
+    let target = numbers::<T>(strip);
+    let g = job.out.map(|_| job.g);
+    let tiled = ColumnsMut::of(logits, stride, classes, stride);
+    let left = job.level.run(Few { scale: job.terms.scale, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss });
+    // Only adjacent rows are in a strip without being kept.
+    if !job.weights.all && job.tile_read == Path::Columns {
+        for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
+            tile.loss[slot] = 0.0;
+            (0..classes).for_each(|c| logits[c * stride + slot] = T::ZERO);
+        }
+    }
+    if left {
+        // The others know nothing of them: one by one, while their logits still stand where they were.
+        let mut loss = tile.loss.clone();
+        let nan: Vec<bool> = loss.iter().map(|loss| loss.is_nan()).collect();
+        for slot in (0..n).filter(|&slot| nan[slot]) {
+            loss[slot] = self::strip::<E, T>(&Strip::new(job, &kept[slot..=slot]), stride, scratch).value();
+            if let Some(out) = job.out {
+                gather(out.array(), OUT, &job.classes, job.rows.offset(OUT, kept[slot]), 0, &mut logits[slot..], classes, stride);
+            }
+        }
+        T::buffers(scratch).0.loss = loss;
+    }
+    let (tile, Buffers { x: kept_x, block: flat, .. }, _) = T::buffers(scratch);
+    if let Some(result) = job.result {
+        strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &tile.loss[slot..], 1));
+    }
+    if let Some(out) = job.out {
+        strip.empty::<E, T>(out, (0, classes), (logits, stride), &mut offsets, flat);
+    }
+    *kept_x = x;
+    let sum = job.level.run(Sum(&mut tile.loss, n));
+    scratch.offsets = offsets;
     sum
 }
 
@@ -422,6 +499,12 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
             operands.dense(strip, dense, (0, classes));
         }
     }
+    // The same losses, whatever becomes of the gradient.
+    let mut losses = [f64::NAN; WIDTH];
+    if few && self::plain::<T>(job) {
+        let tiled = ColumnsMut::of(x, stride, classes, stride);
+        job.level.run(Few { scale: job.terms.scale, g: None, x: tiled, rows: n, target: &numbers::<T>(strip), loss: &mut losses });
+    }
     // Where the only target of each row stands in the tile. What is left out gets the target 0, and results that are overwritten.
     let mut index = [0; WIDTH];
     let indexed = few && job.kind == Kind::Loss && job.terms.entries == 1 && classes > 0;
@@ -453,6 +536,9 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
         targets(strip, |slot, j, class| tile.e_target[j * WIDTH + slot] = x[class * stride + slot].to_f64());
     }
     job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
+    for (loss, &known) in tile.loss.iter_mut().zip(&losses[..n]).filter(|(_, known)| !known.is_nan()) {
+        *loss = known;
+    }
     // Only adjacent rows are in a strip without being kept.
     let left_out = !job.weights.all && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row));
     if left_out || classes == 0 && job.kind == Kind::Loss {

@@ -336,6 +336,30 @@ fn transforms_of_rows_whose_rest_is_tiny() {
     }
 }
 
+/// Blocks of classes whose largest probability is near the smallest normal number, read before the maximum of the row is known.
+#[test]
+fn transforms_of_rows_that_begin_far_below_their_maximum() {
+    for level in levels() {
+        for (dtype, depths) in
+            [(DType::F32, [40.0, 60.0, 84.5, 86.9]), (DType::Bf16, [40.0, 60.0, 84.5, 86.0]), (DType::F64, [300.0, 500.0, 705.0, 707.9])]
+        {
+            for classes in [2047, 3000] {
+                let values: Vec<f64> = depths
+                    .iter()
+                    .flat_map(|depth| {
+                        (0..classes).map(move |c| if c == classes - 7 { 0.0 } else { -depth - f64::from(c as u32 % 8) * 0.0625 })
+                    })
+                    .collect();
+                for out in [Layout::C, Layout::Rolled] {
+                    let x = Tensor::floats(dtype, Layout::C, &[depths.len(), classes], &values);
+                    let context = || format!("{dtype:?} far below, {classes} classes, {level:?}, into {out:?}");
+                    check_transforms(&Exec { level, threads: 1 }, &x, &[1], out, &context);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn transforms_of_special_rows() {
     const INF: f64 = f64::INFINITY;

@@ -1,0 +1,161 @@
+//! The plain case of few classes: one index target per row and nothing that weighs it.
+//!
+//! Everything of a row stays in the type of the logits and in one lane, so that 16 rows cost one logarithm and two divisions. The formulas are
+//! those of [`super::finish`], which has them for everything else.
+
+use crate::array::{ColumnsMut, Span, SpanMut, Vf};
+use crate::simd::{Isa, Kernel, Mask, Vector};
+
+use super::finish::WIDTH;
+use super::math::{Anchored, Exp, Real, log1p_inverse};
+use super::state::{Summand, splat};
+
+/// A tile of logits, as a kernel; see [`super::columns`] for what a tile is. The result says whether rows were left to [`super::finish`]: those
+/// whose maximum is not finite or off the grid of the integer reduction, and those with a NaN. Their losses are NaN.
+pub struct Few<'a, T> {
+    /// 1 / temperature.
+    pub scale: f64,
+    /// Multiplies the gradient, which takes the place of the logits if there is one; see [`gradient_fits`].
+    pub g: Option<f64>,
+    /// The logits.
+    pub x: ColumnsMut<'a, T>,
+    /// Rows; the tile and the targets have whole vectors of them.
+    pub rows: usize,
+    /// Their classes, as numbers of the type.
+    pub target: &'a [T],
+    /// Gets the losses.
+    pub loss: &'a mut [f64],
+}
+
+/// Whether nothing of a gradient leaves the normal numbers that its results do not leave.
+pub fn gradient_fits<T: Real>(g: f64) -> bool {
+    g == 0.0 || (-T::BIAS.to_f64()..=T::BIAS.to_f64()).contains(&g.abs().log2())
+}
+
+/// Coefficients of the gradient.
+struct Slopes<T> {
+    /// Multiplies the exponentials.
+    a: [T; WIDTH],
+    /// The value at the target.
+    patch: [T; WIDTH],
+}
+
+impl<T: Summand> Kernel for Few<'_, T> {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Isa>(mut self, isa: S) -> bool {
+        let mut slopes = Slopes { a: [T::ZERO; WIDTH], patch: [T::ZERO; WIDTH] };
+        if self.g.is_none() {
+            return reduce::<S, T, false>(isa, self.x, &mut self, &mut slopes);
+        }
+        let (x, rows, target) = (self.x, self.rows, Span::of(self.target));
+        let left = reduce::<S, T, true>(isa, x, &mut self, &mut slopes);
+        // Another loop: each is short enough for the processor to have several vectors of rows in flight.
+        for j in (0..rows).step_by(Vf::<S, T>::LANES) {
+            let (a, patch, class) = (Span::of(&slopes.a).load(isa, j), Span::of(&slopes.patch).load(isa, j), target.load(isa, j));
+            let (mut number, one) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0));
+            for c in 0..x.read().classes() {
+                let e = x.read().load_whole(isa, c, j);
+                x.store_whole(isa, c, j, Vf::<S, T>::select(class.eq(number), patch, e * a));
+                number = number + one;
+            }
+        }
+        left
+    }
+}
+
+/// What is gathered of the classes of a row in each lane.
+struct Lane<V> {
+    rest: V,
+    ties: V,
+    logit: V,
+    /// The number of the next class.
+    number: V,
+}
+
+impl<V: Vector> Lane<V> {
+    /// Adds a class; with STORE its exponential takes its place.
+    #[inline(always)]
+    fn add<S: Isa, T: Real<V<S> = V>, const STORE: bool>(
+        &mut self,
+        isa: S,
+        at: &Anchored<V>,
+        (max, class): (V, V),
+        tile: ColumnsMut<T>,
+        c: usize,
+        j: usize,
+    ) where
+        V: Vector<Elem = T, Isa = S>,
+    {
+        let one = V::splat(isa, T::ONE);
+        let v = tile.read().load_whole(isa, c, j);
+        let (p, q) = at.parts(v);
+        if STORE {
+            tile.store_whole(isa, c, j, p * q);
+        }
+        // Unordered: a NaN is not the maximum and so reaches the sum.
+        self.rest = self.rest.fma_where(v.ne(max), p, q);
+        self.ties = self.ties.add_where(v.eq(max), one);
+        self.logit = V::select(class.eq(self.number), v, self.logit);
+        self.number = self.number + one;
+    }
+}
+
+/// Losses and coefficients; with STORE the exponentials replace the logits.
+#[inline(always)]
+fn reduce<S: Isa, T: Summand, const STORE: bool>(isa: S, tile: ColumnsMut<T>, job: &mut Few<T>, slopes: &mut Slopes<T>) -> bool {
+    let (x, classes) = (tile.read(), tile.read().classes());
+    let exp = Exp::<Vf<S, T>>::new(isa, job.scale);
+    let (zero, one, lowest) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), Vf::<S, T>::splat(isa, T::NEG_INF));
+    let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / job.scale);
+    let (scale, g) = (splat::<S, T>(isa, job.scale), splat::<S, T>(isa, job.g.unwrap_or(0.0) * job.scale));
+    let (target, mut left) = (Span::of(job.target), false);
+    for j in (0..job.rows).step_by(Vf::<S, T>::LANES) {
+        let class = target.load(isa, j);
+        // In this order a NaN is passed over; it comes back through the sum.
+        let (mut max, mut other) = (x.load_whole(isa, 0, j).max(lowest), lowest);
+        let mut c = 1;
+        while c + 2 <= classes {
+            max = x.load_whole(isa, c, j).max(max);
+            other = x.load_whole(isa, c + 1, j).max(other);
+            c += 2;
+        }
+        if c < classes {
+            max = x.load_whole(isa, c, j).max(max);
+        }
+        let max = other.max(max);
+        let near = max.abs().le(limit);
+        let at = exp.anchor(exp.reference(Vf::<S, T>::select(near, max, zero)));
+        let mut row = Lane { rest: zero, ties: zero, logit: zero, number: zero };
+        let mut c = 0;
+        while c + 2 <= classes {
+            row.add::<S, T, STORE>(isa, &at, (max, class), tile, c, j);
+            row.add::<S, T, STORE>(isa, &at, (max, class), tile, c + 1, j);
+            c += 2;
+        }
+        if c < classes {
+            row.add::<S, T, STORE>(isa, &at, (max, class), tile, c, j);
+        }
+        let Lane { rest, ties, logit, .. } = row;
+        let (p, q) = at.parts(max);
+        let top = p * q;
+        let others = (ties - one) + rest / top;
+        let (log_sum, p_max) = log1p_inverse(isa, others);
+        let good = near.and(rest.eq(rest));
+        let bad = splat::<S, T>(isa, f64::NAN);
+        let loss = Vf::<S, T>::select(good, (max - logit) * scale + log_sum, bad);
+        T::store_wide(isa, loss, SpanMut::of(job.loss), j);
+        left |= good.count() < Vf::<S, T>::LANES;
+        if STORE {
+            let inverse = p_max / top;
+            let (p, q) = at.parts(logit);
+            // As in `finish`: where the maximum has less than half the mass nothing cancels.
+            let sure = zero - others * p_max;
+            let lone = logit.eq(max).and(others.lt(one));
+            let patch = Vf::<S, T>::select(lone, sure, (p * q) * inverse - one);
+            SpanMut::of(&mut slopes.a).store(isa, j, g * inverse);
+            SpanMut::of(&mut slopes.patch).store(isa, j, g * patch);
+        }
+    }
+    left
+}
