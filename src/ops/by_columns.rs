@@ -342,8 +342,7 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     // Whole vectors of any level.
     let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, 128);
     let width = if job.classes.size > BLOCK { WIDTH } else { width };
-    // The gradient too, if nothing of it is out of the ordinary.
-    let plain = plain::<T>(job) && job.upstream.is_none() && few::gradient_fits::<T>(job.g * job.terms.scale);
+    let plain = all_plain::<T>(job);
     let mut row = first;
     while row < last {
         let (start, mut n) = (row, 0);
@@ -376,18 +375,25 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     sum
 }
 
-/// Whether losses are those of [`Few`]: index targets in float32 and nothing that weighs or bends.
+/// Whether losses are those of [`Few`]: index targets in float32, and nothing but what multiplies the loss of a row or replaces its logits.
 fn plain<T: Work>(job: &Job) -> bool {
     let Some(labels) = &job.labels else { return false };
     T::DTYPE == DType::F32
         && (1..=BLOCK).contains(&job.classes.size)
         && labels.entries == 1
         && labels.share.is_empty()
+        && !job.terms.dense
+        && job.terms.z_loss == 0.0
+}
+
+/// Whether [`plain_strip`] can do all of it.
+fn all_plain<T: Work>(job: &Job) -> bool {
+    plain::<T>(job)
         && job.weight.is_empty()
         && !job.weights.sampled()
         && !job.bend.is_some()
-        && !job.terms.dense
-        && job.terms.z_loss == 0.0
+        && job.upstream.is_none()
+        && few::gradient_fits::<T>(job.g * job.terms.scale)
 }
 
 /// The classes of a strip as numbers.
@@ -499,7 +505,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
             operands.dense(strip, dense, (0, classes));
         }
     }
-    // The same losses, whatever becomes of the gradient.
+    // The same losses as in the plain case, where they are multiplied by 1.
     let mut losses = [f64::NAN; WIDTH];
     if few && self::plain::<T>(job) {
         let tiled = ColumnsMut::of(x, stride, classes, stride);
@@ -536,8 +542,11 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
         targets(strip, |slot, j, class| tile.e_target[j * WIDTH + slot] = x[class * stride + slot].to_f64());
     }
     job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
-    for (loss, &known) in tile.loss.iter_mut().zip(&losses[..n]).filter(|(_, known)| !known.is_nan()) {
-        *loss = known;
+    for slot in (0..n).filter(|&slot| !losses[slot].is_nan()) {
+        let class = job.labels.as_ref().map_or(0, |labels| labels.class[kept[slot]].max(0) as usize);
+        if job.weights.sample_weight(kept[slot]) == 1.0 && job.weight.get(class).is_none_or(|&w| w == 1.0) {
+            tile.loss[slot] = losses[slot];
+        }
     }
     // Only adjacent rows are in a strip without being kept.
     let left_out = !job.weights.all && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row));
