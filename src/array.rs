@@ -62,7 +62,7 @@ impl DType {
 }
 
 /// A strided array to read. Strides are in bytes and may be negative or zero; nothing need be aligned.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Array<'a> {
     pub(crate) ptr: *mut u8,
     pub(crate) dtype: DType,
@@ -72,6 +72,13 @@ pub struct Array<'a> {
     /// Lowest and one past the highest byte offset that shape and strides reach.
     extent: (isize, isize),
     life: PhantomData<&'a ()>,
+}
+
+impl Clone for Array<'_> {
+    fn clone(&self) -> Self {
+        // Lengths and strides as memory: `SmallVec` clones number by number.
+        Self { shape: Dims::from_slice(&self.shape), strides: Dims::from_slice(&self.strides), ..*self }
+    }
 }
 
 // SAFETY: an Array is a pointer to memory that stays readable for 'a; reading it from several threads is what `new` is promised for.
@@ -98,7 +105,15 @@ impl<'a> Array<'a> {
                 extent = (extent.0 + reach.min(0), extent.1 + reach.max(0));
             }
         }
-        Self { ptr: ptr.cast_mut(), dtype, swapped, shape: shape.into(), strides: strides.into(), extent, life: PhantomData }
+        Self {
+            ptr: ptr.cast_mut(),
+            dtype,
+            swapped,
+            shape: Dims::from_slice(shape),
+            strides: Dims::from_slice(strides),
+            extent,
+            life: PhantomData,
+        }
     }
 
     /// A C-ordered view of a slice; panics when the lengths differ.

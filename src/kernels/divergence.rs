@@ -399,8 +399,7 @@ fn add<S: Isa, T: Real>(
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
     // In this order a NaN is passed over; it comes back through the sums.
     sums.next = [next[0].max(sums.next[0]), next[1].max(sums.next[1])];
-    let e = constants.exp.exp2(at[0].floor.max(p), at[0].k);
-    let f = constants.exp.exp2(at[1].floor.max(q), at[1].k);
+    let (e, f) = (at[0].near.exp2(p), at[1].near.exp2(q));
     sums.rest[0] = sums.rest[0].add_where(p.ne(at[0].top), e);
     sums.rest[1] = sums.rest[1].add_where(q.ne(at[1].top), f);
     // p − q and what its rounding lost, which is NaN beside an infinity.

@@ -4,8 +4,7 @@
 use crate::array::{Float, Span, Vf, lanes};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
-use super::math::{Exp, Real, log1p};
-
+use super::math::{Anchored, Exp, Real, log1p};
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: no more than float32 lanes may sum and keep the digits of a divergence.
@@ -32,8 +31,10 @@ impl<S: Isa, T: Real> Constants<S, T> {
     fn lanes(&self, reference: Reference, max: T) -> Lanes<Vf<S, T>> {
         let m = max.to_f64();
         let above = if m.is_finite() { m - reference.b } else { 0.0 };
+        let k = splat::<S, T>(self.isa, reference.k);
         Lanes {
-            k: splat::<S, T>(self.isa, reference.k),
+            near: self.exp.anchor(k),
+            k,
             b: splat::<S, T>(self.isa, reference.b),
             floor: splat::<S, T>(self.isa, above - T::CLAMP.to_f64() / self.scale),
             top: splat::<S, T>(self.isa, m),
@@ -43,7 +44,9 @@ impl<S: Isa, T: Real> Constants<S, T> {
 
 /// A reference and a maximum as vectors: everything below `floor` is zero.
 #[derive(Clone, Copy)]
-pub(super) struct Lanes<V> {
+pub(super) struct Lanes<V: Vector> {
+    /// Exponentials where b is 0.
+    pub(super) near: Anchored<V>,
     pub(super) k: V,
     pub(super) b: V,
     pub(super) floor: V,
@@ -350,11 +353,12 @@ fn add<S: Isa, T: Real, const SPREAD: bool>(
     rest: &mut Vf<S, T>,
     spread: &mut Vf<S, T>,
 ) {
-    let e = constants.exp.exp2(at.floor.max(v), at.k);
+    let (p, q) = at.near.parts(v);
     // Unordered: a NaN is not the maximum and so reaches the sum.
-    *rest = rest.add_where(v.ne(at.top), e);
+    *rest = rest.fma_where(v.ne(at.top), p, q);
     if SPREAD {
         // 0·log 0 = 0, also for a class of −inf.
+        let e = p * q;
         let zero = Vf::<S, T>::splat(constants.isa, T::ZERO);
         *spread = spread.add_where(e.ne(zero), e * (at.top - v));
     }

@@ -13,7 +13,7 @@ use crate::tunables::tunables;
 
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::source::{dense_row, logits, row_spread, scatter, shared_stream, unbend, unbend_patches};
+use super::source::{dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
 use super::strip::{Finish, Strip, Sum, ignored, prepare, targets};
 use super::targets::NONE;
 
@@ -40,6 +40,7 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     } else {
         16
     };
+    shared_stream(job, &mut T::buffers(scratch).1.shared);
     let mut sum = Pair::default();
     let mut kept = [0; WIDTH];
     let mut known = Known::default();
@@ -97,16 +98,19 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
-    let (tile, Buffers { x: copy, .. }, _) = T::buffers(scratch);
+    let (tile, Buffers { x: copy, slope, .. }, _) = T::buffers(scratch);
     let plain = prepare(strip, tile);
     let Way { direct, store, in_result, at_once } = Way::of::<E, T>(job);
     let [here, there, local] = &mut offsets;
     let pitch = classes.next_multiple_of(16);
     let local = local.run((pitch * size_of::<T>()) as isize, n, n);
     let copy = room(copy, n * pitch);
+    let capped = job.out.is_some() && job.bend.softcap.is_some();
+    let slopes = room(slope, if capped { n * pitch } else { 0 });
     if !direct && !job.direct {
         for (slot, &row) in kept.iter().enumerate() {
-            logits(job, row, 0, &mut copy[slot * pitch..][..classes]);
+            let slopes = if capped { &mut slopes[slot * pitch..][..classes] } else { &mut [] };
+            logits_and_slopes(job, row, 0, &mut copy[slot * pitch..][..classes], slopes);
         }
     }
     let copied = RowsMut::of(copy, local, classes);
@@ -125,7 +129,9 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
             &target[..n]
         }
         _ => {
-            targets(strip, |slot, j, class| tile.x_target[j * WIDTH + slot] = logit::<T>(job, kept[slot], class));
+            targets(strip, |slot, j, class| {
+                tile.x_target[j * WIDTH + slot] = if direct { x.get(slot, class).to_f64() } else { logit::<T>(job, kept[slot], class) };
+            });
             &[]
         }
     };
@@ -161,7 +167,8 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
         } else {
             emit.write::<T, T>(src, Span::of(&[]), &[], copied);
             for (slot, &row) in kept.iter().enumerate() {
-                unbend_and_write::<E, T>(job, out, row, 0, &mut copy[slot * pitch..][..classes]);
+                let slopes = if capped { &slopes[slot * pitch..][..classes] } else { &[] };
+                unbend_and_write::<E, T>(job, out, row, 0, slopes, &mut copy[slot * pitch..][..classes]);
             }
         }
         match &job.labels {
@@ -187,8 +194,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let Strip { job, kept, .. } = *strip;
     let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
     let blocks = classes.div_ceil(BLOCK);
-    let (tile, Buffers { x: copy, dense, shared, block, slope: exponentials }, references) = T::buffers(scratch);
-    shared_stream(job, shared);
+    let (tile, Buffers { x: copy, dense, shared, block, slope: slopes, exponentials }, references) = T::buffers(scratch);
     let plain = prepare(strip, tile);
     let terms = Terms { plain, ..job.terms };
     let mut way = Way::of::<E, T>(job);
@@ -206,6 +212,8 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     // Apart from the scratch of the reduction, where the first block of the next row may be.
     let (block, again) = room(block, 2 * BLOCK).split_at_mut(BLOCK);
     let exponentials = room(exponentials, if store && !in_result { n * classes } else { 0 });
+    let capped = job.out.is_some() && job.bend.softcap.is_some() && classes * size_of::<T>() <= KEPT;
+    let slopes = room(slopes, if capped { n * classes } else { 0 });
     let (shared, own) = (&shared[..], job.own_dense());
     let spreads: Vec<f64> = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
     references.resize(references.len().max(blocks * n), Reference { k: 0.0, b: 0.0 });
@@ -234,7 +242,12 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     for (slot, &row) in kept.iter().enumerate() {
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
-        let mut fill = |index: usize, dst: &mut [T]| logits(job, row, index * BLOCK, dst);
+        let own_slopes = if capped { &mut slopes[slot * classes..][..classes] } else { &mut [] };
+        let mut fill = |index: usize, dst: &mut [T]| {
+            let start = index * BLOCK;
+            let slopes = own_slopes.get_mut(start..start + dst.len()).unwrap_or_default();
+            logits_and_slopes(job, row, start, dst, slopes);
+        };
         let mut fill_dense = |index: usize, dst: &mut [T]| dense_row(job, row, spread, index * BLOCK, dst);
         let x = if direct {
             let after = kept.get(slot + 1).copied().or(next).map_or(Span::of(&[]), line);
@@ -255,6 +268,8 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             for (j, class, _) in labels.row(row) {
                 if labels.entries <= 2 {
                     (classes_of[j], entries) = (class, j + 1);
+                } else if direct {
+                    tile.x_target[j * WIDTH + slot] = line(row).get(class).to_f64();
                 } else {
                     tile.x_target[j * WIDTH + slot] = logit::<T>(job, row, class);
                 }
@@ -353,7 +368,8 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
                 _ => {
                     let block = &mut block[..count];
                     results.write::<T, T>(Rows::single(src), t, references, RowsMut::single(SpanMut::of(block)));
-                    unbend_and_write::<E, T>(job, out, row, start, block);
+                    let slopes = if capped { &slopes[slot * classes + start..][..count] } else { &[] };
+                    unbend_and_write::<E, T>(job, out, row, start, slopes, block);
                 }
             }
         }
@@ -415,9 +431,9 @@ impl Results<'_, '_, '_> {
 }
 
 /// Finishes a block of gradients in scratch and writes it where it belongs.
-fn unbend_and_write<E: Element<Acc = T>, T: Work>(job: &Job, out: &Out, row: usize, start: usize, block: &mut [T]) {
+fn unbend_and_write<E: Element<Acc = T>, T: Work>(job: &Job, out: &Out, row: usize, start: usize, slopes: &[T], block: &mut [T]) {
     if job.bend.is_some() {
-        unbend(job, row, start, block);
+        unbend(job, row, start, slopes, block);
     }
     let base = job.rows.offset(OUT, row);
     if job.direct_out {

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use crate::array::{Array, DType, Dims, Out};
+use crate::array::{Array, DType, Out};
 use crate::kernels::columns;
 use crate::kernels::finish::{Terms, WIDTH};
 use crate::kernels::state::Pair;
@@ -139,22 +139,21 @@ impl<'a> Job<'a> {
             return Err(Error::Invalid("dtype of a result"));
         }
         let strides = x.strides();
-        let like = |array: Option<&Array>| array.map_or_else(|| strides.into(), |a| a.strides().into());
+        let like = |array: Option<&'a Array<'a>>| array.map_or(strides, Array::strides);
         if bend.mask.is_some_and(|mask| mask.shape() != shape) {
             return Err(Error::Invalid("where does not have the logits' shape"));
         }
-        let none = with_axes(&[], ndim, &(0..ndim).collect::<Dims<_>>());
-        let reduced = |array: Option<&Array>| array.map_or_else(|| none.clone(), |a| with_axes(a.strides(), ndim, axes));
-        let operands: [Dims<isize>; 5] =
-            [strides.into(), like(out.map(Out::array)), like(probs), reduced(result.map(Out::array)), reduced(upstream)];
-        let views: [&[isize]; 5] = [&operands[0], &operands[1], &operands[2], &operands[3], &operands[4]];
-        // Operands that are not there must not keep axes apart: they alias the logits for whole arrays and are left out for rows.
-        let mask_strides: Dims<isize> = like(bend.mask);
-        let mut present = Operands::from_slice(&views[..3]);
-        let absent = views[0];
-        present.push(if result.is_some() { views[3] } else { absent });
-        present.push(if upstream.is_some() { views[4] } else { absent });
-        present.push(&mask_strides);
+        // Operands that are not there must not keep axes apart: they alias the logits.
+        let reduced = |array: Option<&Array>| array.map(|array| with_axes(array.strides(), ndim, axes));
+        let (of_result, of_upstream) = (reduced(result.map(Out::array)), reduced(upstream));
+        let present: Operands<&[isize]> = Operands::from_buf([
+            strides,
+            like(out.map(Out::array)),
+            like(probs),
+            of_result.as_deref().unwrap_or(strides),
+            of_upstream.as_deref().unwrap_or(strides),
+            like(bend.mask),
+        ]);
         let classes = Axes::new(shape, &present_classes(&present, bend.mask.is_some()), axes.iter().copied());
         let rows = Axes::new(shape, &present, (0..ndim).filter(|axis| !axes.contains(axis)));
         // Only the logits decide on the arithmetic of a row, and neither the number of rows nor where they lie: a class axis that is a line of

@@ -28,7 +28,10 @@ pub(super) struct Buffers<T> {
     pub(super) dense: Vec<T>,
     pub(super) shared: Vec<T>,
     pub(super) block: Vec<T>,
+    /// What a softcap did to the logits.
     pub(super) slope: Vec<T>,
+    /// Of long rows, where they cannot be kept in the result.
+    pub(super) exponentials: Vec<T>,
 }
 
 thread_local! {

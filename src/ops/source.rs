@@ -25,11 +25,12 @@ impl Bend<'_> {
     }
 }
 
-/// `cap·tanh(x/cap)` of a run in place, or the derivative 1 − tanh² there.
+/// `cap·tanh(x/cap)` of a run in place, or the derivative 1 − tanh² there; or the one in place and the other in `slopes`, if there is room.
 struct Softcap<'a, T> {
     cap: f64,
     slope: bool,
     x: &'a mut [T],
+    slopes: &'a mut [T],
 }
 
 impl<T: Work> Kernel for Softcap<'_, T> {
@@ -38,7 +39,7 @@ impl<T: Work> Kernel for Softcap<'_, T> {
     fn run<S: Isa>(self, isa: S) {
         let step = Vf::<S, T>::LANES;
         let cap = Vf::<S, T>::splat(isa, T::from_f64(self.cap));
-        let span = SpanMut::of(self.x);
+        let (span, slopes) = (SpanMut::of(self.x), SpanMut::of(self.slopes));
         let mut i = 0;
         while i < span.read().len() {
             let n = step.min(span.read().len() - i);
@@ -50,6 +51,9 @@ impl<T: Work> Kernel for Softcap<'_, T> {
             } else {
                 span.store_partial(isa, i, n, y);
             }
+            if !slopes.read().is_empty() {
+                slopes.store_partial(isa, i, n, sech2);
+            }
             i += n;
         }
     }
@@ -58,14 +62,14 @@ impl<T: Work> Kernel for Softcap<'_, T> {
 /// `cap·tanh(x/cap)` in place, or the derivative 1 − tanh² there: in float64 where float32 might not hold the cap, or only part of the digits of
 /// x/cap.
 pub(super) fn softcap<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T]) {
-    if T::DTYPE == DType::F64 || (1e-30..=1e15).contains(&cap) {
-        return level.run(Softcap { cap, slope, x });
+    if keeps_its_digits::<T>(cap) {
+        return level.run(Softcap { cap, slope, x, slopes: &mut [] });
     }
     let mut wide = [0.0_f64; rows::BLOCK];
     for x in x.chunks_mut(rows::BLOCK) {
         let wide = &mut wide[..x.len()];
         wide.iter_mut().zip(x.iter()).for_each(|(wide, x)| *wide = x.to_f64());
-        level.run(Softcap { cap, slope, x: &mut *wide });
+        level.run(Softcap { cap, slope, x: &mut *wide, slopes: &mut [] });
         x.iter_mut().zip(wide.iter()).for_each(|(x, &wide)| *x = T::from_f64(wide));
     }
 }
@@ -90,6 +94,11 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Line<'_, E, T> {
             *x = src.get(last - i).to_acc();
         }
     }
+}
+
+/// Whether the cap, and x/cap, are held well enough by the type.
+fn keeps_its_digits<T: Work>(cap: f64) -> bool {
+    T::DTYPE == DType::F64 || (1e-30..=1e15).contains(&cap)
 }
 
 /// Reads a run of adjacent elements, widened; `offset` is that of the lowest.
@@ -119,8 +128,12 @@ impl<T: Work> Kernel for Masked<'_, T> {
     #[inline(always)]
     fn run<S: Isa>(self, _isa: S) {
         // Plain enough for the compiler to make vectors of.
-        for (x, &mask) in self.x.iter_mut().zip(self.mask) {
-            *x = if mask == 0 { self.to } else { *x };
+        let Self { mask, to, x } = self;
+        let n = x.len().min(mask.len());
+        let (mask, x) = (&mask[..n], &mut x[..n]);
+        for i in 0..n {
+            let (masked, kept) = (mask[i] == 0, x[i]);
+            x[i] = if masked { to } else { kept };
         }
     }
 }
@@ -163,9 +176,22 @@ fn unbent<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
 
 /// Reads classes `start..` of a row of logits into scratch, bent.
 pub(super) fn logits<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
+    logits_and_slopes(job, row, start, dst, &mut []);
+}
+
+/// The same, and what the softcap did to them into `slopes`, if there is room.
+pub(super) fn logits_and_slopes<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T], slopes: &mut [T]) {
     unbent(job, row, start, dst);
     if let Some(cap) = job.bend.softcap {
-        softcap(job.level, cap, false, dst);
+        if keeps_its_digits::<T>(cap) {
+            job.level.run(Softcap { cap, slope: false, x: &mut *dst, slopes });
+        } else {
+            if !slopes.is_empty() {
+                slopes.copy_from_slice(dst);
+                softcap(job.level, cap, true, slopes);
+            }
+            softcap(job.level, cap, false, dst);
+        }
     }
     masked(job, row, start, T::NEG_INF, dst);
 }
@@ -181,9 +207,12 @@ fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: &mut [T]) {
     }
 }
 
-/// Multiplies gradients of a row in scratch by what bending did to the logits. Read before the logits are overwritten.
-pub(super) fn unbend<T: Work>(job: &Job, row: usize, start: usize, gradient: &mut [T]) {
-    if let Some(cap) = job.bend.softcap {
+/// Multiplies gradients of a row in scratch by what bending did to the logits: `slopes`, if they were kept; otherwise it is computed again, before
+/// the logits are overwritten.
+pub(super) fn unbend<T: Work>(job: &Job, row: usize, start: usize, slopes: &[T], gradient: &mut [T]) {
+    if !slopes.is_empty() {
+        job.level.run(Product { x: &mut *gradient, by: slopes });
+    } else if let Some(cap) = job.bend.softcap {
         let mut slope = [T::ZERO; rows::BLOCK];
         for (index, gradient) in gradient.chunks_mut(rows::BLOCK).enumerate() {
             let slope = &mut slope[..gradient.len()];

@@ -172,6 +172,7 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
         tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
     }
     let Some(labels) = &job.labels else { return None };
+    let mut sorted: Vec<(usize, usize, f64)> = Vec::new();
     for (slot, &row) in kept.iter().enumerate() {
         for j in 0..entries {
             tile.mass[j * WIDTH + slot] = 0.0;
@@ -182,12 +183,19 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
         for (j, class, share) in labels.row(row) {
             let w = job.weight.get(class).copied().unwrap_or(1.0);
             let mass = share * job.keep * w;
-            let mut all = mass;
-            if entries > 1 {
-                all = labels.row(row).filter(|&(_, other, _)| other == class).map(|(_, _, share)| share * job.keep * w).sum();
-            }
             tile.mass[j * WIDTH + slot] = mass;
-            tile.mass_all[j * WIDTH + slot] = all + spread * w;
+            tile.mass_all[j * WIDTH + slot] = mass + spread * w;
+        }
+        if entries > 1 {
+            // Entries of one class have the mass of all of them.
+            sorted.clear();
+            sorted.extend(labels.row(row).map(|(j, class, _)| (class, j, tile.mass[j * WIDTH + slot])));
+            sorted.sort_unstable_by_key(|&(class, j, _)| (class, j));
+            for same in sorted.chunk_by(|a, b| a.0 == b.0).filter(|same| same.len() > 1) {
+                let mass: f64 = same.iter().map(|&(_, _, mass)| mass).sum();
+                let w = job.weight.get(same[0].0).copied().unwrap_or(1.0);
+                same.iter().for_each(|&(_, j, _)| tile.mass_all[j * WIDTH + slot] = mass + spread * w);
+            }
         }
     }
     None

@@ -159,7 +159,7 @@ fn loss<'py>(
         return Err(value_error(format!("{name} has no axis; a loss needs a class axis (one row of C classes has shape (C,))")));
     }
     let axis = options::axis(common.axis, name, x.ndim())?;
-    let mut rows: Dims<usize> = x.shape().into();
+    let mut rows = Dims::from_slice(x.shape());
     rows.remove(axis.1);
     let logits = Logits { name, shape: x.shape(), axis, rows };
 

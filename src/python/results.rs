@@ -65,11 +65,11 @@ impl<'py> Output<'py> {
         inputs: &[(&'static str, &View<'py>)],
     ) -> PyResult<Self> {
         let view = arrays::writable(object, shape, dtype)?;
-        let mut strides: Dims<isize> = view.array().strides().into();
+        let mut strides = Dims::from_slice(view.array().strides());
         for (i, (name, input)) in inputs.iter().enumerate() {
             if i == 0 && in_place && same_array(view.array(), input.array()) {
                 // Strides of axes of length 1 mean nothing; taken from the input, the core sees the very same array.
-                strides = input.array().strides().into();
+                strides = Dims::from_slice(input.array().strides());
             } else if shares_memory(&view, input)? {
                 let allowed = if in_place { format!("; only {} itself may be passed as out", inputs[0].0) } else { String::new() };
                 return Err(value_error(format!("out overlaps {name} in memory{allowed}; pass an array of its own")));
