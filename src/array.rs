@@ -858,6 +858,12 @@ impl<'a, E: Element> Span<'a, E> {
         unsafe { Self::new(self.ptr.add(start), len) }
     }
 
+    /// Where element `i` is, or would be.
+    #[inline(always)]
+    pub fn address(self, i: usize) -> *const u8 {
+        self.ptr.wrapping_add(i).cast()
+    }
+
     /// Element `i`.
     #[inline(always)]
     pub fn get(self, i: usize) -> E {

@@ -276,7 +276,7 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
         for (slot, &row) in strip.kept.iter().enumerate() {
             flags(job, array, row, first, &mut self.mask[slot..], count, self.stride);
         }
-        job.level.run(Masked { mask: &self.mask, to, x });
+        job.level.run(Masked { mask: &self.mask, to, x, ahead: core::ptr::null() });
     }
 
     /// Multiplies gradients by what bending did to the logits. Read before the logits are overwritten.

@@ -87,6 +87,10 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Line<'_, E, T> {
     fn run<S: Isa>(self, isa: S) {
         let Self { src, backwards, dst } = self;
         if !backwards {
+            // Asks for what comes next, so that memory works while this block is computed with.
+            for i in (0..src.len()).step_by(64 / size_of::<E>()) {
+                isa.prefetch(src.address(i + src.len()));
+            }
             return columns::widen(isa, src, SpanMut::of(dst));
         }
         let (last, dst) = (src.len().wrapping_sub(1), &mut dst[..src.len()]);
@@ -121,14 +125,19 @@ pub(super) struct Masked<'s, T> {
     pub(super) mask: &'s [u8],
     pub(super) to: T,
     pub(super) x: &'s mut [T],
+    /// Where more of the mask is, to be asked for.
+    pub(super) ahead: *const u8,
 }
 
 impl<T: Work> Kernel for Masked<'_, T> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Isa>(self, _isa: S) {
+    fn run<S: Isa>(self, isa: S) {
         // Plain enough for the compiler to make vectors of.
-        let Self { mask, to, x } = self;
+        let Self { mask, to, x, ahead } = self;
+        for line in (0..mask.len()).step_by(64) {
+            isa.prefetch(ahead.wrapping_add(line));
+        }
         let n = x.len().min(mask.len());
         let (mask, x) = (&mask[..n], &mut x[..n]);
         for i in 0..n {
@@ -202,8 +211,11 @@ fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: &mut [T]) {
     let mut mask = [0_u8; rows::BLOCK];
     for (index, x) in x.chunks_mut(rows::BLOCK).enumerate() {
         let mask = &mut mask[..x.len()];
-        flags(job, array, row, start + index * rows::BLOCK, mask, x.len(), 1);
-        job.level.run(Masked { mask, to, x });
+        let at = start + index * rows::BLOCK;
+        flags(job, array, row, at, mask, x.len(), 1);
+        let stride = job.classes.inner_stride(MASK);
+        let ahead = array.ptr.wrapping_offset(job.rows.offset(MASK, row) + (at + x.len()) as isize * stride);
+        job.level.run(Masked { mask, to, x, ahead });
     }
 }
 
