@@ -830,6 +830,7 @@ where
     assert!(bytes == before, "store4 on {}", level.name());
 
     let (a, b) = (of::<V>(isa, &values[..V::LANES]), of::<V>(isa, &values[V::LANES..]));
+    expect(level, "reverse", &lanes(a.reverse()), |i| values[V::LANES - 1 - i]);
     let (even, odd) = a.deinterleave(b);
     expect(level, "deinterleave, even", &lanes(even), |i| values[2 * i]);
     expect(level, "deinterleave, odd", &lanes(odd), |i| values[2 * i + 1]);

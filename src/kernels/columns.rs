@@ -24,7 +24,7 @@ pub fn block_of(classes: usize) -> usize {
 }
 
 /// Vectors of columns whose states are carried from block to block together: long enough runs for the prefetcher in Fortran order.
-const GROUPS: usize = 8;
+const GROUPS: usize = 16;
 
 /// A dense target stream of a block.
 #[derive(Clone, Copy)]
@@ -311,7 +311,7 @@ fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job
             }
             for group in 0..wide / step {
                 let (state, linear) = (&mut states[group], &mut linears[group]);
-                sum_block::<S, T, LIN, STORE>(isa, &exp, scale, block, first, at + group * step, stream, state, linear);
+                sum_block::<S, T, LIN, STORE>(isa, &exp, block, first, at + group * step, stream, state, linear);
             }
             first += count;
             if first >= classes {
@@ -393,7 +393,6 @@ fn floor<S: Isa, T: Summand>(isa: S, scale: f64, max: Vf<S, T>, b: Vf<S, T>) -> 
 fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     isa: S,
     exp: &Exp<Vf<S, T>>,
-    scale: f64,
     x: ColumnsMut<T>,
     first: usize,
     j: usize,
@@ -405,25 +404,22 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     let from = x.read();
     let classes = from.classes();
     let State { max, k, b, .. } = *state;
-    let (origin, floor) = (origin::<S, T>(isa, max), floor::<S, T>(isa, scale, max, b));
+    let (at, origin) = (exp.anchor(k), origin::<S, T>(isa, max));
     let (mut rest, mut lin, mut t_rest, mut t_top) = ([zero; 4], [zero; 4], [zero; 4], [zero; 4]);
     let mut ties = [zero; 4];
     let mut c = 0;
     while c < classes {
-        let n = (classes - c).min(4);
-        for u in 0..4 {
-            if u >= n {
-                break;
-            }
+        // Whole fours are the usual case.
+        for u in 0..if c + 4 <= classes { 4 } else { classes - c } {
             let v = from.load_whole(isa, c + u, j);
             // b is 0 except where the maximum is off the grid: then x − b is exact or dwarfed by x's own spacing.
-            let e = exp.exp2(floor.max(v - b), k);
+            let (p, q) = at.parts(v - b);
             if STORE {
-                x.store_whole(isa, c + u, j, e);
+                x.store_whole(isa, c + u, j, p * q);
             }
             // Unordered: a NaN is not the maximum and so reaches the sum.
             let below = v.ne(max);
-            rest[u] = rest[u].add_where(below, e);
+            rest[u] = rest[u].fma_where(below, p, q);
             let top = v.eq(max);
             ties[u] = ties[u].add_where(top, one);
             if LIN {
@@ -553,12 +549,11 @@ pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width:
     let from = x.read();
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
         let b = T::load_wide(isa, Span::of(&tile.b), j);
-        let floor = floor::<S, T>(isa, scale, T::load_wide(isa, Span::of(&tile.max), j), b);
-        let k = T::load_wide(isa, Span::of(&tile.k), j);
+        let at = exp.anchor(T::load_wide(isa, Span::of(&tile.k), j));
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.slope), j) } else { a };
         for c in 0..from.classes() {
-            let mut out = most.min(exp.exp2(floor.max(from.load_whole(isa, c, j) - b), k) * a);
+            let mut out = most.min(at.exp2(from.load_whole(isa, c, j) - b) * a);
             if dense.is_some() {
                 out = out - dense.load(isa, c, j) * g;
             }

@@ -11,7 +11,7 @@ use super::math::{Exp, log1p_inverse};
 use super::state::splat;
 
 /// Most rows in a tile.
-pub const WIDTH: usize = 128;
+pub const WIDTH: usize = 256;
 
 /// Row states on their way in, coefficients on their way out; one element per row of the tile.
 #[derive(Debug, Default)]

@@ -93,9 +93,15 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Line<'_, E, T> {
             }
             return columns::widen(isa, src, SpanMut::of(dst));
         }
-        let (last, dst) = (src.len().wrapping_sub(1), &mut dst[..src.len()]);
-        for (i, x) in dst.iter_mut().enumerate() {
-            *x = src.get(last - i).to_acc();
+        let (step, n) = (Vf::<S, T>::LANES, src.len());
+        let mut i = 0;
+        while i + step <= n {
+            isa.prefetch(src.address(n - i - step).wrapping_sub(n * size_of::<E>()));
+            SpanMut::of(&mut *dst).store(isa, i, src.load(isa, n - i - step).reverse());
+            i += step;
+        }
+        for (i, x) in dst.iter_mut().enumerate().skip(i) {
+            *x = src.get(n - 1 - i).to_acc();
         }
     }
 }

@@ -194,7 +194,9 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
             for same in sorted.chunk_by(|a, b| a.0 == b.0).filter(|same| same.len() > 1) {
                 let mass: f64 = same.iter().map(|&(_, _, mass)| mass).sum();
                 let w = job.weight.get(same[0].0).copied().unwrap_or(1.0);
-                same.iter().for_each(|&(_, j, _)| tile.mass_all[j * WIDTH + slot] = mass + spread * w);
+                for &(_, j, _) in same {
+                    tile.mass_all[j * WIDTH + slot] = mass + spread * w;
+                }
             }
         }
     }

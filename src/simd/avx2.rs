@@ -239,6 +239,11 @@ impl Vector for F32x8 {
         }
     }
     #[inline(always)]
+    fn reverse(self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX2.
+        unsafe { Self(_mm256_permutevar8x32_ps(self.0, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0))) }
+    }
+    #[inline(always)]
     fn deinterleave(self, rhs: Self) -> (Self, Self) {
         // SAFETY: a vector implies the token, which proves AVX2.
         unsafe {
@@ -414,6 +419,11 @@ impl Vector for F64x4 {
                 }
             }
         }
+    }
+    #[inline(always)]
+    fn reverse(self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX2.
+        unsafe { Self(_mm256_permute4x64_pd::<0b00_01_10_11>(self.0)) }
     }
     #[inline(always)]
     fn deinterleave(self, rhs: Self) -> (Self, Self) {

@@ -240,6 +240,11 @@ impl Vector for F32x16 {
         }
     }
     #[inline(always)]
+    fn reverse(self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe { Self(_mm512_permutexvar_ps(_mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), self.0)) }
+    }
+    #[inline(always)]
     fn deinterleave(self, rhs: Self) -> (Self, Self) {
         // SAFETY: a vector implies the token, which proves AVX-512 F.
         unsafe {
@@ -411,6 +416,11 @@ impl Vector for F64x8 {
                 }
             }
         }
+    }
+    #[inline(always)]
+    fn reverse(self) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        unsafe { Self(_mm512_permutexvar_pd(_mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0), self.0)) }
     }
     #[inline(always)]
     fn deinterleave(self, rhs: Self) -> (Self, Self) {

@@ -297,6 +297,9 @@ pub trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = 
     /// # Safety
     /// `offsets` has `LANES` numbers, and at each of them four elements are valid for writes; no alignment is needed.
     unsafe fn store4(v: [Self; 4], base: *mut u8, offsets: *const isize);
+    /// The lanes in the opposite order.
+    #[must_use]
+    fn reverse(self) -> Self;
     /// The elements of `self` followed by `rhs` with even and those with odd positions.
     fn deinterleave(self, rhs: Self) -> (Self, Self);
     /// The inverse of [`Vector::deinterleave`].

@@ -275,6 +275,14 @@ impl Vector for F32x4 {
         }
     }
     #[inline(always)]
+    fn reverse(self) -> Self {
+        // SAFETY: a vector implies the token, which proves NEON.
+        unsafe {
+            let pairs = vrev64q_f32(self.0);
+            Self(vextq_f32::<2>(pairs, pairs))
+        }
+    }
+    #[inline(always)]
     fn deinterleave(self, rhs: Self) -> (Self, Self) {
         // SAFETY: a vector implies the token, which proves NEON.
         unsafe { (Self(vuzp1q_f32(self.0, rhs.0)), Self(vuzp2q_f32(self.0, rhs.0))) }
@@ -357,6 +365,11 @@ impl Vector for F64x2 {
                 vst1q_f64(row_mut::<f64>(base, offsets, 1).add(c), odd.0);
             }
         }
+    }
+    #[inline(always)]
+    fn reverse(self) -> Self {
+        // SAFETY: a vector implies the token, which proves NEON.
+        unsafe { Self(vextq_f64::<1>(self.0, self.0)) }
     }
     #[inline(always)]
     fn deinterleave(self, rhs: Self) -> (Self, Self) {

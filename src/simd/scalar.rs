@@ -214,6 +214,10 @@ macro_rules! vector {
                 unsafe { base.wrapping_offset(offsets.read()).cast::<[$elem; 4]>().write_unaligned(v.map(|x| x.0)) }
             }
             #[inline(always)]
+            fn reverse(self) -> Self {
+                self
+            }
+            #[inline(always)]
             fn deinterleave(self, rhs: Self) -> (Self, Self) {
                 (self, rhs)
             }
