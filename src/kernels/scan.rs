@@ -2,7 +2,7 @@
 //! scores of tokens need besides the logsumexp: the first maximum, the spread of the distribution, the place of one class, the largest classes.
 
 use crate::array::{Float, Span, Vf, lanes};
-use crate::simd::{Isa, Mask, Scalar, Vector};
+use crate::simd::{Isa, Level, Mask, Scalar, Vector};
 
 use super::math::{Anchored, Exp, Real, log1p};
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
@@ -236,7 +236,8 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             weight.scale(growth);
             self.spread_extra.merge(weight);
         }
-        if !self.softmax.near() {
+        // Portable code is there to be right, not to be large.
+        if S::LEVEL == Level::Scalar || !self.softmax.near() {
             self.careful::<SPREAD>(x);
             return top;
         }
