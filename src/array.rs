@@ -264,7 +264,7 @@ impl<'a> Array<'a> {
         unsafe { core::ptr::copy_nonoverlapping(self.ptr.offset(offset), dst.as_mut_ptr(), n) }
     }
 
-    /// Reads class indices: those equal to `ignore` become `none`. Stops before the first that is not below `limit` and gives its position.
+    /// Reads class indices: those equal to `ignore` become `none`. Gives the position of the first that is not below `limit`, and whether any is ignored.
     #[inline(always)]
     pub(crate) fn read_classes(
         &self,
@@ -276,10 +276,10 @@ impl<'a> Array<'a> {
         none: i64,
         dst: &mut [i64],
         step: usize,
-    ) -> Option<usize> {
+    ) -> (Option<usize>, bool) {
         self.check(offset, stride, n);
         if n == 0 {
-            return None;
+            return (None, false);
         }
         assert!((n - 1) * step < dst.len());
         // SAFETY: in the extent, checked above.
@@ -297,7 +297,7 @@ impl<'a> Array<'a> {
                 // A mark that the type cannot hold marks nothing.
                 let mark = ignore.and_then(|mark| <$type>::try_from(mark).ok());
                 let (marks, mark) = (mark.is_some(), mark.unwrap_or_default());
-                let (mut bad, dst) = (false, &mut dst[..(n - 1) * $step + 1]);
+                let (mut bad, mut any, dst) = (false, false, &mut dst[..(n - 1) * $step + 1]);
                 for i in 0..n {
                     // SAFETY: element i of the run that was checked; unaligned reads take any address.
                     let raw = unsafe { ptr.offset(i as isize * $stride).cast::<$type>().read_unaligned() };
@@ -306,13 +306,14 @@ impl<'a> Array<'a> {
                     // Negative numbers become large ones.
                     let outside = !ignored & (x as i64 as u64 >= limit as u64);
                     bad |= outside;
+                    any |= ignored;
                     let class = if outside { i64::MIN } else { x as i64 };
                     dst[i * $step] = if ignored { none } else { class };
                 }
-                bad
+                (bad, any)
             }};
         }
-        let bad = match self.dtype {
+        let (bad, any) = match self.dtype {
             DType::I8 => copy!(i8),
             DType::I16 => copy!(i16),
             DType::I32 => copy!(i32),
@@ -321,9 +322,9 @@ impl<'a> Array<'a> {
             DType::U16 => copy!(u16),
             DType::U32 => copy!(u32),
             DType::U64 => copy!(u64),
-            _ => return Some(0),
+            _ => return (Some(0), false),
         };
-        if bad { (0..n).find(|&i| dst[i * step] == i64::MIN) } else { None }
+        (if bad { (0..n).find(|&i| dst[i * step] == i64::MIN) } else { None }, any)
     }
 
     /// The element at a byte offset.

@@ -23,6 +23,8 @@ pub struct Labels {
     pub share: Vec<f64>,
     /// Whether a row lacks a side, and with it that side's part of the smoothing.
     pub partial: bool,
+    /// Whether every entry is known to have a class.
+    pub whole: bool,
 }
 
 /// `len` copies of a value. Arguments may be broadcast views with more elements than memory can hold: that is an error, not an abort.
@@ -41,11 +43,10 @@ thread_local! {
 /// Most class indices that are kept for the next call.
 const SPARE_MOST: usize = 1 << 20;
 
-/// `n` entries without a class.
+/// `n` entries, to be overwritten.
 fn entries(n: usize) -> Result<Vec<i64>, Error> {
     let mut class = SPARE.take();
-    class.clear();
-    class.try_reserve_exact(n).map_err(|_| Error::OutOfMemory)?;
+    class.try_reserve_exact(n.saturating_sub(class.len())).map_err(|_| Error::OutOfMemory)?;
     class.resize(n, NONE);
     Ok(class)
 }
@@ -73,7 +74,7 @@ pub fn read_optional(array: Option<&Array>) -> Result<Vec<f64>, Error> {
 }
 
 /// Reads and checks class indices of any integer type to `out[first], out[first + step], …`, in C order; `rows` are the sample weights (empty when
-/// all are 1) and the number of indices per row.
+/// all are 1) and the number of indices per row. Whether every index is a class.
 pub(super) fn classes(
     argument: &'static str,
     array: &Array,
@@ -83,9 +84,9 @@ pub(super) fn classes(
     out: &mut [i64],
     step: usize,
     first: usize,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     let axes = Axes::new(array.shape(), &[array.strides()], 0..array.shape().len());
-    let mut failure = None;
+    let (mut failure, mut whole) = (None, true);
     // Labels of rows that are left out may be anything.
     let (sample, per_row) = rows;
     let left_out = |position: usize| !sample.is_empty() && sample[position / per_row] == 0.0;
@@ -96,20 +97,23 @@ pub(super) fn classes(
             let some = if sample.is_empty() { n } else { (i..n).take_while(|&i| !left_out(start + i)).count() };
             if some == 0 {
                 out[(start + i) * step + first] = NONE;
+                whole = false;
                 i += 1;
                 continue;
             }
             let from = offset + i as isize * stride;
             let dst = &mut out[(start + i) * step + first..];
             // Integers are the same on every level.
-            if let Some(bad) = Level::best().run(Read { array, run: (from, stride, some), classes, ignore, dst, step }) {
+            let (bad, ignored) = Level::best().run(Read { array, run: (from, stride, some), classes, ignore, dst, step });
+            whole &= !ignored;
+            if let Some(bad) = bad {
                 let value = array.get(from + bad as isize * stride);
                 failure = Some(Error::TargetOutOfBounds { argument, position: start + i + bad, value });
             }
             i += some;
         }
     });
-    failure.map_or(Ok(()), Err)
+    failure.map_or(Ok(whole), Err)
 }
 
 /// A run of class indices, as a kernel.
@@ -123,9 +127,9 @@ struct Read<'s, 'a> {
 }
 
 impl Kernel for Read<'_, '_> {
-    type Output = Option<usize>;
+    type Output = (Option<usize>, bool);
     #[inline(always)]
-    fn run<S: Isa>(self, _isa: S) -> Option<usize> {
+    fn run<S: Isa>(self, _isa: S) -> (Option<usize>, bool) {
         let (offset, stride, n) = self.run;
         self.array.read_classes(offset, stride, n, self.classes, self.ignore, NONE, self.dst, self.step)
     }
@@ -135,6 +139,15 @@ impl Labels {
     /// Reads and checks the targets of `rows` rows; `None` for class probabilities.
     pub fn new(target: &Target, rows: usize, classes_len: usize, options: &LossOptions) -> Result<Option<Self>, Error> {
         let ignore = options.ignore_index;
+        let sizes = match target {
+            Target::Probs(_) => [rows, rows],
+            Target::Index(array) => [array.size(), rows],
+            Target::Mixup { a, b, .. } => [a.size(), b.size()],
+            Target::Sparse { indices, .. } => [indices.shape().split_last().map_or(0, |(_, rows)| rows.iter().product()), rows],
+        };
+        if sizes != [rows, rows] {
+            return Err(Error::Invalid("the target does not have the shape of the rows"));
+        }
         let sample = read_optional(options.sample_weight.as_ref())?;
         if !sample.is_empty() && sample.len() != rows {
             return Err(Error::Invalid("sample_weight must have one element per row"));
@@ -143,8 +156,8 @@ impl Labels {
             Target::Probs(_) => return Ok(None),
             Target::Index(array) => {
                 let mut class = entries(rows)?;
-                classes("target", array, classes_len, ignore, (&sample, 1), &mut class, 1, 0)?;
-                Self { entries: 1, class, share: Vec::new(), partial: false }
+                let whole = classes("target", array, classes_len, ignore, (&sample, 1), &mut class, 1, 0)?;
+                Self { entries: 1, class, share: Vec::new(), partial: false, whole }
             }
             Target::Mixup { a, b, lam } => {
                 let mut class = entries(rows.checked_mul(2).ok_or(Error::OutOfMemory)?)?;
@@ -159,13 +172,13 @@ impl Labels {
                     pair.copy_from_slice(&[lam, 1.0 - lam]);
                 }
                 let partial = class.chunks_exact(2).any(|pair| (pair[0] == NONE) != (pair[1] == NONE));
-                Self { entries: 2, class, share, partial }
+                Self { entries: 2, class, share, partial, whole: false }
             }
             Target::Sparse { indices, probs } => {
                 let entries = indices.shape().last().copied().unwrap_or(0);
                 let mut class = self::entries(entries.checked_mul(rows).ok_or(Error::OutOfMemory)?)?;
                 classes("indices", indices, classes_len, None, (&sample, entries), &mut class, 1, 0)?;
-                Self { entries, class, share: read_all(probs)?, partial: false }
+                Self { entries, class, share: read_all(probs)?, partial: false, whole: false }
             }
         }))
     }
@@ -216,7 +229,7 @@ impl RowWeights {
             && this.sample.is_empty()
             && labels.entries == 1
         {
-            let kept = labels.class.iter().filter(|&&class| class != NONE).count();
+            let kept = if labels.whole { rows } else { labels.class.iter().filter(|&&class| class != NONE).count() };
             this.divisor = kept as f64;
             this.any = kept > 0;
             this.all = kept == rows;
