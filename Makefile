@@ -51,6 +51,14 @@ bench-quick: .venv-bench/.wheel .venv-bench/.torch ## the same on a few shapes, 
 bench-core: ## criterion on the Rust core: every level and shape (no Python)
 	$(CARGO) bench $(if $(ARGS),-- $(ARGS))
 
+.PHONY: counts
+counts: ## count the instructions of fixed calls (valgrind) and write benches/instructions.json
+	$(PYTHON) tools/count.py
+
+.PHONY: check-counts
+check-counts: ## compare the instruction counts with that file, within 2 %
+	$(PYTHON) tools/count.py --check
+
 .PHONY: check
 check: .venv-check/.wheel ## formatting, lints, types, stubs, Rust tests
 	./.ci/stage "cargo fmt" $(CARGO) fmt --check
@@ -62,6 +70,7 @@ check: .venv-check/.wheel ## formatting, lints, types, stubs, Rust tests
 	./.ci/stage "stubtest" .venv-check/bin/python -m mypy.stubtest crossent --allowlist .ci/stubtest-allow
 	./.ci/stage "cargo test" $(CARGO) test --locked
 	./.ci/stage "cargo test, all features" $(CARGO) test --locked --all-features
+	./.ci/stage "instruction counts" $(PYTHON) tools/count.py --check
 
 .PHONY: format
 format: .venv-check/.ready ## rewrite the sources in the house format

@@ -152,3 +152,27 @@ def test_repeated_calls_give_the_same_bits(level, dtype):
     want = everything(*case)
     for _ in range(3):
         assert everything(*case) == want
+
+
+@pytest.mark.usefixtures("level")
+def test_small_calls_have_a_shortcut_that_changes_nothing():
+    # An option that is off, but not at a glance, takes the long way.
+    long_way = {"temperature": np.float64(1.0)}
+    rng = np.random.default_rng(5)
+    special = [0.0, 1e4, -1e6, np.inf, -np.inf, np.nan, 3e38]
+    for rows in (1, 2, 15, 16, 17, 33, 64, 65):
+        for classes in (2, 3, 4, 5, 10, 31, 32, 33):
+            x = (rng.standard_normal((rows, classes)) * 10).astype(np.float32)
+            y = rng.integers(0, classes, rows)
+            for value in special:
+                odd = x.copy()
+                odd[rng.integers(0, rows), rng.integers(0, classes)] = value
+                for labels in (y, np.where(np.arange(rows) % 3 == 1, -100, y)):
+                    loss, grad = ce.cross_entropy_with_grad(odd, labels)
+                    want, want_grad = ce.cross_entropy_with_grad(odd, labels, **long_way)
+                    np.testing.assert_array_equal([loss, ce.cross_entropy(odd, labels)], [want, want])
+                    np.testing.assert_array_equal(grad, want_grad)
+    with pytest.raises(IndexError, match=r"target\[1\] = 10 is out of bounds"):
+        ce.cross_entropy_with_grad(np.zeros((3, 10), np.float32), np.array([0, 10, 1]))
+    with pytest.raises(ValueError, match="target has shape"):
+        ce.cross_entropy(np.zeros((3, 10), np.float32), np.array([0, 1]))

@@ -101,6 +101,8 @@ def main() -> int:
                 if dtype == "float32" and threads == most:
                     if shape in [(8192, 1000), (1024, 32000)]:
                         ways += ours.layout_ways(case, place) + ours.ignored_ways(case, place)
+                    if shape == (1024, 32000) and not args.quick:
+                        ways += ours.option_ways(case, place) + by_products.ways(case.x, case.y, threads)
                     if shape in HUGE and ce.simd_level() != "avx2" and "avx2" in ce.simd_levels():
                         ways += ours.level_ways(case, place, "avx2")
                 for name, maker in makers.items():

@@ -60,6 +60,56 @@ def ignored_ways(case: Case, place: Array) -> list[Way]:
     ]
 
 
+# Options of the loss and how much of the plain call's time each may take.
+OPTIONS = {
+    "z_loss": 1.05,
+    "temperature": 1.05,
+    "sample_weight": 1.05,
+    "normalizer": 1.05,
+    "Mixup": 1.05,
+    "SparseProbs, k = 8": 1.05,
+    "where": 1.3,
+    "softcap": 1.6,
+}
+UNJUDGED = ("label_smoothing", "weight", "SparseProbs, k = 64", "where, one row for all")
+
+
+def option_ways(case: Case, place: Array) -> list[Way]:
+    """Loss + gradient in place with one option each."""
+    x, y, rows, classes = case.x, case.y, case.rows, case.classes
+    rng = np.random.default_rng(3)
+
+    def sparse(k: int) -> ce.SparseProbs:
+        probs = rng.random((rows, k), dtype=np.float32)
+        return ce.SparseProbs(rng.integers(0, classes, (rows, k)), probs / probs.sum(1, keepdims=True))
+
+    kept: Array = np.less(rng.random(x.shape, dtype=np.float32), 0.9)
+    calls: dict[str, tuple[object, dict[str, object]]] = {
+        "z_loss": (y, {"z_loss": 1e-4}),
+        "temperature": (y, {"temperature": 1.5}),
+        "sample_weight": (y, {"sample_weight": rng.random(rows, dtype=np.float32) + 0.5}),
+        "normalizer": (y, {"normalizer": 1000.0}),
+        "Mixup": (ce.Mixup(y, y[::-1].copy(), 0.3), {}),
+        "SparseProbs, k = 8": (sparse(8), {}),
+        "SparseProbs, k = 64": (sparse(64), {}),
+        "where": (y, {"where": kept}),
+        "where, one row for all": (y, {"where": kept[0]}),
+        "softcap": (y, {"softcap": 30.0}),
+        "label_smoothing": (y, {"label_smoothing": 0.1}),
+        "weight": (y, {"weight": rng.random(classes, dtype=np.float32) + 0.5}),
+    }
+    return [
+        Way(
+            f"{WHO} {name}",
+            "in place",
+            lambda target=target, more=more: ce.cross_entropy_with_grad(place, target, out=place, **more),  # type: ignore[misc]
+            None,
+            lambda: np.copyto(place, x),
+        )
+        for name, (target, more) in calls.items()
+    ]
+
+
 def level_ways(case: Case, place: Array, level: str) -> list[Way]:
     """Another instruction set; switching is not timed."""
     best = ce.simd_level()

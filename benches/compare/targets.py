@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cases import shape_name
-from ours import WHO
+from ours import OPTIONS, UNJUDGED, WHO
 from timing import Medians
 
 # By (shape, dtype, threads).
@@ -156,6 +156,22 @@ def judge(results: Results, threads: int, memory: dict[str, float]) -> list[Verd
     for shape in HUGE:
         for op in ("loss", "out", "in place", "log_softmax"):
             add(f"AVX2, {op}, of the best level's time", shape, ratio(get(shape, op, f"{WHO} avx2"), get(shape, op)), 1.3, larger=False)
+
+    one: tuple[int, ...] = (1024, 32000)
+    for name, allowed in OPTIONS.items():
+        add(
+            f"{name} in place, of the plain call",
+            one,
+            ratio(get(one, "in place", f"{WHO} {name}"), get(one, "in place")),
+            allowed,
+            larger=False,
+        )
+    for name in UNJUDGED:
+        add(f"{name} in place, of the plain call", one, ratio(get(one, "in place", f"{WHO} {name}"), get(one, "in place")), None)
+    for op, allowed in (("score_tokens", 1.1), ("score_tokens, entropy and rank", 1.5)):
+        add(f"{op}, of the loss", one, ratio(get(one, op), get(one, "loss")), allowed, larger=False)
+    for op in ("topk_logprobs, k = 20", "kl_divergence", "kl_divergence_with_grad, into out"):
+        add(f"{op}, times PyTorch", one, ratio(get(one, op, "PyTorch"), get(one, op)), None if "grad" in op else 5.0)
 
     for call, allowed in (("loss", 0.0), ("in place", 0.0), ("new array", 1.0)):
         if call in memory:

@@ -26,6 +26,9 @@ class Way:
     prepare: Callable[[], Any] | None = None
 
 
+# Seconds between two libraries.
+PAUSE = 0.02
+
 # Seconds by (operation, library).
 Medians = dict[tuple[str, str], float]
 
@@ -87,7 +90,13 @@ def measure(case: Case, ways: list[Way], budget: float, rounds: int = 25) -> tup
         for round_number in range(rounds):
             if round_number >= 3 and time.perf_counter() > end:
                 break
+            before = ""
             for way in sound:
+                library = way.who.split()[0]
+                if library != before:
+                    # Threads of another library spin for a while in case there is more to do: none is to be measured beside them.
+                    time.sleep(PAUSE)
+                before = library
                 # A way that would eat the whole budget gets three samples; the others go on.
                 if round_number < 3 or id(way) not in slow:
                     samples[way.op, way.who].append(clock(way, calls[id(way)]))

@@ -60,6 +60,11 @@ impl<T> Default for Known<T> {
     }
 }
 
+/// Kinds of [`Ahead`], as parameters of loops: nothing to be widened, or halves of either type.
+const WIDE: u8 = 0;
+const F16: u8 = 1;
+const BF16: u8 = 2;
+
 /// The block to be read next: its maximum is taken in the loop over the one before it, and halves are widened there.
 #[derive(Clone, Copy)]
 struct Ahead<'a, T> {
@@ -81,10 +86,21 @@ impl<'a, T: Real> Ahead<'a, T> {
     fn part(self, start: usize, len: usize) -> Self {
         Self { block: self.block.part(start, len), from: self.from.map(|(half, to)| (half.part(start, len), to.part(start, len))) }
     }
-    /// A vector from element `i` on.
+    /// What is to be widened.
     #[inline(always)]
-    fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, T> {
-        let Some((half, to)) = self.from else { return self.block.load(isa, i) };
+    fn kind(self) -> u8 {
+        match self.from {
+            None => WIDE,
+            Some((Half::F16(_), _)) => F16,
+            Some((Half::Bf16(_), _)) => BF16,
+        }
+    }
+    /// A vector from element `i` on. KIND is known, so that a loop has no other ways in it.
+    #[inline(always)]
+    fn load<S: Isa, const KIND: u8>(self, isa: S, i: usize) -> Vf<S, T> {
+        let ((F16, Some((half @ Half::F16(_), to))) | (BF16, Some((half @ Half::Bf16(_), to)))) = (KIND, self.from) else {
+            return self.block.load(isa, i);
+        };
         let v = T::load_half(isa, half, i, Vf::<S, T>::LANES);
         to.store(isa, i, v);
         v
@@ -92,13 +108,21 @@ impl<'a, T: Real> Ahead<'a, T> {
     /// The maximum.
     #[inline(always)]
     fn max<S: Isa>(self, isa: S) -> Vf<S, T> {
-        let Some((half, to)) = self.from else { return block_max(isa, self.block) };
+        match self.kind() {
+            F16 => self.widened_max::<S, F16>(isa),
+            BF16 => self.widened_max::<S, BF16>(isa),
+            _ => block_max(isa, self.block),
+        }
+    }
+    #[inline(always)]
+    fn widened_max<S: Isa, const KIND: u8>(self, isa: S) -> Vf<S, T> {
+        let Some((half, to)) = self.from else { return Vf::<S, T>::splat(isa, T::NEG_INF) };
         let step = Vf::<S, T>::LANES;
         let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 2];
         let mut i = 0;
         while i + 2 * step <= half.len() {
             for (u, max) in max.iter_mut().enumerate() {
-                *max = self.load(isa, i + u * step).max(*max);
+                *max = self.load::<S, KIND>(isa, i + u * step).max(*max);
             }
             i += 2 * step;
         }
@@ -305,7 +329,7 @@ fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
 /// TOP: the running maximum is among its classes (or LIN, a dense stream, which needs to know of each whether it is), or off the grid of the
 /// integer reduction: then x − b first, which is exact or dwarfed by x's own spacing, and x itself where b is 0.
 #[inline(always)]
-fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool>(
+fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, const KIND: u8>(
     isa: S,
     at: &Lanes<Vf<S, T>>,
     x: Span<T>,
@@ -331,7 +355,7 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool>(
     while i + 4 * step <= len {
         let (x, beside) = (x.part(i, 4 * step), beside.part(i.min(last), 4 * step));
         for u in 0..4 {
-            max[u & own] = beside.load(isa, u * step).max(max[u & own]);
+            max[u & own] = beside.load::<S, KIND>(isa, u * step).max(max[u & own]);
             let v = x.load(isa, u * step);
             let e = at.at.parts(if TOP { v - at.b } else { v });
             if STORE {
@@ -360,7 +384,8 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool>(
         }
         i += n;
     }
-    let left = next.part(seen, available - seen).max(isa);
+    let left = next.part(seen, available - seen);
+    let left = if KIND == WIDE { block_max(isa, left.block) } else { left.widened_max::<S, KIND>(isa) };
     let max = if fused { max[0].max(max[1]).max(max[2].max(max[3])) } else { left };
     let [a, b, c, d] = parts;
     Sums {
@@ -490,6 +515,13 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
         let stretch = stretch::<S, T>();
         let mut from = 0;
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
+        let (any_next, rare) = (!next.block.is_empty(), far || tops || LIN || S::LEVEL == Level::Scalar);
+        let (mut next, kind) = (next, next.kind());
+        if rare && kind != WIDE {
+            // A loop of its own: those below are compiled for the usual ways only.
+            next_top = next.max(isa);
+            next = Ahead::of(Span::of(&[]));
+        }
         while from < block.len() {
             let n = stretch.min(block.len() - from);
             let x = block.part(from, n);
@@ -498,10 +530,11 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
             let (available, at_next) = (next.block.len(), next.block.len().min(from));
             // The last stretch takes all that is left of the next block.
             let next = next.part(at_next, if from + n < block.len() { n.min(available - at_next) } else { available - at_next });
-            let sums = if far || tops || LIN || S::LEVEL == Level::Scalar {
-                pass::<S, T, LIN, STORE, true>(isa, &at, x, next, t, to)
-            } else {
-                pass::<S, T, LIN, STORE, false>(isa, &at, x, next, t, to)
+            let sums = match kind {
+                _ if rare => pass::<S, T, LIN, STORE, true, WIDE>(isa, &at, x, next, t, to),
+                F16 if T::DTYPE == DType::F32 => pass::<S, T, LIN, STORE, false, F16>(isa, &at, x, next, t, to),
+                BF16 if T::DTYPE == DType::F32 => pass::<S, T, LIN, STORE, false, BF16>(isa, &at, x, next, t, to),
+                _ => pass::<S, T, LIN, STORE, false, WIDE>(isa, &at, x, next, t, to),
             };
             next_top = sums.next.max(next_top);
             ties += sums.ties as f64;
@@ -512,7 +545,7 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
             }
             from += n;
         }
-        known.top = if next.block.is_empty() { None } else { Some(next_top.reduce_max()) };
+        known.top = if any_next { Some(next_top.reduce_max()) } else { None };
         if let Some(beside) = &mut beside {
             beside(index);
         }

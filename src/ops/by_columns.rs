@@ -9,11 +9,13 @@ use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Vector};
 
+use super::api::Exec;
 use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
 use super::plan::Path;
-use super::scratch::{Buffers, Scratch, Work, room};
+use super::scratch::{Buffers, SCRATCH, Scratch, Work, room};
 use super::source::{Masked, Product, dense_row, flags, gather, row_spread, scatter, shared_stream, softcap, unbend_patches};
 use super::strip::{Finish, Strip, Sum, ignored, prepare, targets};
+use super::targets::NONE;
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
 const ROOM: usize = 16 << 10;
@@ -407,6 +409,58 @@ fn numbers<T: Work>(strip: &Strip) -> [T; WIDTH] {
         target.iter_mut().zip(strip.kept).for_each(|(target, &row)| *target = T::number_f32(labels.class[row] as f32));
     }
     target
+}
+
+/// Most rows of a small call.
+const SMALL: usize = 64;
+
+/// The plain case of one strip of float32 rows in C order with int64 labels, where making a job of it would take longer than the work: the mean of
+/// the losses, and the gradient. Nothing, and nothing is written, where it is not that simple: [`super::entry::cross_entropy`] knows.
+pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out: Option<&Out>) -> Option<f64> {
+    let (&[n, classes], &[labels]) = (x.shape(), y.shape()) else { return None };
+    let in_order =
+        |array: &Array, dtype: DType, strides: &[isize]| array.dtype() == dtype && array.is_plain() && array.strides() == strides;
+    let rows = [classes as isize * 4, 4];
+    if !(1..=SMALL).contains(&n)
+        || !(2..=columns::MOST).contains(&classes)
+        || labels != n
+        || !in_order(x, DType::F32, &rows)
+        || !in_order(y, DType::I64, &[8])
+        || out.is_some_and(|out| out.array().shape() != x.shape() || !in_order(out.array(), DType::F32, &rows))
+    {
+        return None;
+    }
+    let mut class = [0; SMALL];
+    if y.read_classes(0, 8, n, classes, ignore, NONE, &mut class, 1) != (None, false) {
+        return None;
+    }
+    let mut target = [0.0; SMALL];
+    target.iter_mut().zip(&class).for_each(|(target, &class)| *target = class as f32);
+    let mut scratch = SCRATCH.take().unwrap_or_default();
+    let Scratch { tile, single, offsets, .. } = &mut *scratch;
+    tile.reserve(0);
+    let stride = n.next_multiple_of(LANES);
+    let logits = room(&mut single.x, classes * stride);
+    let tiled = ColumnsMut::of(logits, stride, classes, stride);
+    let filled = if classes == 2 {
+        Move::<f32, f32>::PairsIn(x.span(0, 2 * n), tiled)
+    } else {
+        Move::RowsIn(x.rows(0, offsets[0].run(rows[0], n, stride), classes), tiled)
+    };
+    exec.level.run(filled);
+    let divisor = n as f64;
+    let g = out.map(|_| 1.0 / divisor);
+    let left = exec.level.run(Few { scale: 1.0, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss });
+    let sum = if left { None } else { Some(exec.level.run(Sum(&mut tile.loss, n)).value() / divisor) };
+    if let (Some(_), Some(out)) = (sum, out) {
+        exec.level.run(if classes == 2 {
+            Move::<f32, f32>::PairsOut(tiled.read(), out.span(0, 2 * n))
+        } else {
+            Move::RowsOut(tiled.read(), out.rows(0, offsets[0].run(rows[0], n, n), classes))
+        });
+    }
+    SCRATCH.set(Some(scratch));
+    sum
 }
 
 /// One strip in the plain case. The sum of its losses.

@@ -4,6 +4,7 @@ use crate::array::{Array, Out};
 use crate::kernels::finish::{Terms, WIDTH};
 
 use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
+use super::by_columns;
 use super::job::{Job, Kind};
 use super::source::Bend;
 use super::targets::{Labels, RowWeights, read_optional};
@@ -81,6 +82,12 @@ pub fn cross_entropy(
         Reduction::Sum => sum,
         Reduction::None => 0.0,
     })
+}
+
+/// The mean of [`cross_entropy`] without options over the last axis, for calls so small that looking at options takes longer: nothing where it has
+/// to be asked, see [`by_columns::small`].
+pub fn small_cross_entropy(exec: &Exec, logits: &Array, target: &Array, ignore_index: Option<i64>, out: Option<&Out>) -> Option<f64> {
+    by_columns::small(exec, logits, target, ignore_index, out)
 }
 
 /// Asks for the scratch memory that grows with the arguments (classes that a smoothing stream names, classes per sparse row) and gives it back,

@@ -21,7 +21,7 @@ mod vjp;
 
 pub use api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
 pub use bandwidth::{Traffic, bandwidth};
-pub use entry::{cross_entropy, log_softmax, logsumexp, softmax};
+pub use entry::{cross_entropy, log_softmax, logsumexp, small_cross_entropy, softmax};
 pub use kl::kl_divergence;
 pub use score::{Scores, score_tokens};
 pub use topk::topk_logprobs;

@@ -64,6 +64,11 @@ pub(super) fn run<T: Send>(
     Ok(if elements < DETACH_FROM { work(&exec) } else { py.detach(|| work(&exec)) })
 }
 
+/// How to run what is not worth another thread.
+pub(super) fn serial() -> Exec {
+    Exec { level: level(), threads: 1 }
+}
+
 /// Reads the environment and makes the context variable; called once, at import, when no thread of ours exists.
 pub(super) fn start(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
     let mut environment = Environment::default();

@@ -1,9 +1,10 @@
 //! The losses, with and without gradient.
 
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyTuple};
 
-use super::arrays::{Accept, View, view};
+use super::arrays::{Accept, View, is_ndarray, view};
 use super::config;
 use super::errors::{Context, value_error};
 use super::options;
@@ -11,6 +12,9 @@ use super::results::Output;
 use super::targets::{self, Logits};
 use crate::array::Dims;
 use crate::ops::{self, Grad, LossOptions, Reduction, Target};
+
+/// Elements of a small call.
+const SMALL: usize = 2048;
 
 type Object<'a, 'py> = &'a Bound<'py, PyAny>;
 
@@ -147,6 +151,53 @@ impl<'py> Parsed<'py> {
     }
 }
 
+impl Extra<'_, '_> {
+    /// Whether every option is off, as far as that can be seen at a glance.
+    fn is_off(&self) -> bool {
+        let is = |object: Object<'_, '_>, value: f64| object.cast_exact::<PyFloat>().is_ok_and(|float| float.value() == value);
+        [self.sample_weight, self.normalizer, self.softcap, self.mask].iter().all(|object| object.is_none())
+            && is(self.label_smoothing, 0.0)
+            && is(self.z_loss, 0.0)
+            && is(self.temperature, 1.0)
+    }
+}
+
+/// A small call without options; nothing where there is more to look at.
+fn small<'py>(
+    common: &Common<'_, 'py>,
+    extra: &Extra<'_, 'py>,
+    with_grad: Option<&WithGrad<'_, 'py>>,
+    x: &View<'py>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = common.logits.py();
+    let plain = x.ndim() == 2
+        && x.array().size() <= SMALL
+        && common.weight.is_none()
+        && extra.is_off()
+        && is_ndarray(common.target)
+        && with_grad.is_none_or(|with_grad| with_grad.grad_output.is_none() && with_grad.out.is_none())
+        && common.reduction.is(intern!(py, "mean"))
+        && matches!(common.axis.extract(), Ok(-1 | 1));
+    if !plain {
+        return Ok(None);
+    }
+    let ignore_index = if common.ignore_index.is_none() { None } else { Some(options::integer(common.ignore_index, "ignore_index")?) };
+    let Ok(y) = view(common.target, "target", Accept::Integers) else { return Ok(None) };
+    if y.shape() != &x.shape()[..1] {
+        return Ok(None);
+    }
+    let out = with_grad.map(|_| Output::like(py, x.array())).transpose()?;
+    let exec = config::serial();
+    let Some(value) = ops::small_cross_entropy(&exec, x.array(), y.array(), ignore_index, out.as_ref().map(Output::out)) else {
+        return Ok(None);
+    };
+    let loss = PyFloat::new(py, value).into_any();
+    match out {
+        None => Ok(Some(loss)),
+        Some(out) => PyTuple::new(py, [loss, out.into_python()]).map(|pair| Some(pair.into_any())),
+    }
+}
+
 fn loss<'py>(
     common: &Common<'_, 'py>,
     extra: Option<&Extra<'_, 'py>>,
@@ -157,6 +208,11 @@ fn loss<'py>(
     let x = view(common.logits, name, Accept::Floats)?;
     if x.ndim() == 0 {
         return Err(value_error(format!("{name} has no axis; a loss needs a class axis (one row of C classes has shape (C,))")));
+    }
+    if let Some(extra) = extra
+        && let Some(result) = small(common, extra, with_grad, &x)?
+    {
+        return Ok(result);
     }
     let axis = options::axis(common.axis, name, x.ndim())?;
     let mut rows = Dims::from_slice(x.shape());
