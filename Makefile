@@ -39,6 +39,16 @@ test: .venv-test/.wheel ## install the wheel and run the Python tests on it
 	.venv-test/bin/python -c 'import crossent, sys; sys.exit(None if "site-packages" in crossent.__file__ else crossent.__file__ + " is not the installed wheel")'
 	.venv-test/bin/pytest $(ARGS)
 
+.PHONY: test-levels
+test-levels: .venv-test/.wheel ## the Python tests once per instruction set of this machine
+	for level in $$(.venv-test/bin/python -c 'import crossent; print(*crossent.simd_levels())'); do \
+		echo "==> $$level"; CROSSENT_SIMD=$$level .venv-test/bin/pytest $(ARGS) || exit 1; \
+	done
+
+.PHONY: test-paths
+test-paths: .venv-test/.wheel ## the Python tests with every size threshold at its smallest
+	CROSSENT_TUNE="stream_from=1,beside_from=1,recompute=1,threads_from=1" .venv-test/bin/pytest $(ARGS)
+
 .PHONY: bench
 bench: .venv-bench/.wheel .venv-bench/.torch ## measure against the peers and the memory, write docs/benchmarks.md and its plots
 	.venv-bench/bin/python benches/compare $(ARGS)
