@@ -13,7 +13,7 @@
 //! then exactly 0, and keeps the digits of the others.
 
 use crate::array::{Element, Float, Span, SpanMut, Vf};
-use crate::simd::{Isa, Level, Mask, Scalar, Vector};
+use crate::simd::{Isa, Mask, Scalar, Vector};
 
 use super::math::{Real, polynomial};
 use super::scan::BLOCK;
@@ -212,8 +212,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
     fn sum(&mut self, constants: &Constants<S, T>, x: [Span<T>; 2], next: [Option<Span<T>>; 2]) -> bool {
         let isa = constants.isa;
         (self.p.known, self.q.known) = (None, None);
-        // Portable code is there to be right, not to be large.
-        if S::LEVEL == Level::Scalar || !(self.p.near() && self.q.near()) {
+        if !(self.p.near() && self.q.near()) {
             return false;
         }
         // Without one, P or Q has no mass yet.
