@@ -36,7 +36,7 @@ def check_scores(got, want, dtype, what=""):
             np.testing.assert_array_equal(a, b, err_msg=where)
         else:
             assert a.dtype == work, where
-            # Of logsumexp the exact result may cancel; its tests of accuracy are apart. A token without probability says nothing of the size.
+            # Of logsumexp the exact result may cancel; its tests of accuracy are apart. An impossible token says nothing of the size.
             logprob = np.where(np.isfinite(want.logprob), want.logprob, 0)
             size = np.abs(b) if name != "logsumexp" else np.abs(b) + np.abs(logprob) + 1
             check_array(a, np.asarray(b), size, work, 9, where)
