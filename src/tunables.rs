@@ -12,6 +12,9 @@ pub struct Tunables {
     pub threads_from: usize,
     /// Results that, with what is read, take at least so many bytes are written past the caches where the arithmetic allows it.
     pub stream_from: usize,
+    /// Results of at least so many bytes whose rows are adjacent are written past the caches: each class is another stretch of memory, and reading
+    /// the lines first takes longer than the computation.
+    pub stream_columns_from: usize,
     /// Rows are finished in groups that take at most this together, so that the second cache still holds them when they are written.
     pub group_bytes: usize,
     /// Results past the caches, of at least so many classes: a row is written while the next one is read.
@@ -23,10 +26,11 @@ pub struct Tunables {
 
 impl Tunables {
     /// Names and values, in the order of the table.
-    pub fn entries(&self) -> [(&'static str, usize); 5] {
+    pub fn entries(&self) -> [(&'static str, usize); 6] {
         [
             ("threads_from", self.threads_from),
             ("stream_from", self.stream_from),
+            ("stream_columns_from", self.stream_columns_from),
             ("group_bytes", self.group_bytes),
             ("beside_from", self.beside_from),
             ("recompute", self.recompute),
@@ -37,6 +41,7 @@ impl Tunables {
         Some(match name {
             "threads_from" => &mut self.threads_from,
             "stream_from" => &mut self.stream_from,
+            "stream_columns_from" => &mut self.stream_columns_from,
             "group_bytes" => &mut self.group_bytes,
             "beside_from" => &mut self.beside_from,
             "recompute" => &mut self.recompute,
@@ -52,6 +57,7 @@ impl Tunables {
         Self {
             threads_from: 1 << 16,
             stream_from: (32 << 20).max(4 * second * threads),
+            stream_columns_from: 16 << 20,
             group_bytes: 64 << 10,
             // Prototypes gained 15 % by each on one Intel machine (Granite Rapids); on one of AMD (Zen 4) they lost up to 10 %.
             beside_from: if intel { 4096 } else { usize::MAX },
@@ -98,7 +104,7 @@ mod tests {
 
     #[test]
     fn the_environment_replaces_entries_and_nothing_else() {
-        let table = Tunables { threads_from: 1, stream_from: 2, group_bytes: 3, recompute: 4, beside_from: 5 };
+        let table = Tunables { threads_from: 1, stream_from: 2, stream_columns_from: 6, group_bytes: 3, recompute: 4, beside_from: 5 };
         assert_eq!(table.with_environment("stream_from=7, group_bytes = 9"), Tunables { stream_from: 7, group_bytes: 9, ..table });
         assert_eq!(table.with_environment("stream_from=x,unknown=1,,="), table);
         let mut copy = table;

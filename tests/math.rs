@@ -655,22 +655,25 @@ fn log1p_f64() {
     }
 }
 
+/// `log(1 + x)` and then `1/(1 + x)` of every x.
+struct Both<'a, T>(&'a [T], &'a mut [T]);
+
+impl<T: Real> Kernel for Both<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        let (x, out) = (Span::of(self.0), SpanMut::of(self.1));
+        for i in (0..x.len()).step_by(T::V::<S>::LANES) {
+            let (log, inverse) = log1p_inverse(isa, x.load(isa, i));
+            out.store(isa, i, log);
+            out.store(isa, x.len() + i, inverse);
+        }
+    }
+}
+
 /// The kernel with one division stays near the one with two.
 #[test]
 fn log1p_with_its_inverse() {
-    struct Both<'a>(&'a [f64], &'a mut [f64]);
-    impl Kernel for Both<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Isa>(self, isa: S) {
-            let (x, out) = (Span::of(self.0), SpanMut::of(self.1));
-            for i in (0..x.len()).step_by(S::F64::LANES) {
-                let (log, inverse) = log1p_inverse(isa, x.load::<S>(isa, i));
-                out.store(isa, i, log);
-                out.store(isa, x.len() + i, inverse);
-            }
-        }
-    }
     let mut x: Vec<f64> = bit_space::<f64>(1e300, 400_000).filter(|x| *x > 0.0).chain((1..100_000).map(|i| f64::from(i) * 1e-3)).collect();
     x.resize(x.len().next_multiple_of(64), 0.0);
     for level in levels() {
@@ -690,19 +693,6 @@ fn log1p_with_its_inverse() {
 /// In float32, against float64: every 509th positive number up to 2^100.
 #[test]
 fn log1p_with_its_inverse_f32() {
-    struct Both<'a>(&'a [f32], &'a mut [f32]);
-    impl Kernel for Both<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Isa>(self, isa: S) {
-            let (x, out) = (Span::of(self.0), SpanMut::of(self.1));
-            for i in (0..x.len()).step_by(S::F32::LANES) {
-                let (log, inverse) = log1p_inverse(isa, x.load::<S>(isa, i));
-                out.store(isa, i, log);
-                out.store(isa, x.len() + i, inverse);
-            }
-        }
-    }
     let ulps = |got: f32, exact: f64| {
         let exponent = (exact as f32).to_bits() >> 23;
         (f64::from(got) - exact).abs() / (f64::from(exponent.max(1)) - 150.0).exp2()

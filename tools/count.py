@@ -72,6 +72,10 @@ def main() -> int:
         print(f"counted with {known['compiler']}, this is {compiler}: nothing to compare")
         return 0
     binary = build()
+    lacks = subprocess.run([str(binary), LEVEL, *CASES[0].split()], capture_output=True, text=True, check=False)
+    if lacks.returncode:
+        print(f"{lacks.stderr.strip()}: nothing counted")
+        return 0
     counts = {}
     changed = 0
     for case in CASES:

@@ -235,8 +235,9 @@ impl<S: Isa, T: Real> Setup<S, T> {
     }
 }
 
+/// The maximum of a block, lane by lane.
 #[inline(always)]
-fn block_max<S: Isa, T: Real>(isa: S, x: Span<T>) -> Vf<S, T> {
+pub(super) fn block_max<S: Isa, T: Real>(isa: S, x: Span<T>) -> Vf<S, T> {
     let step = Vf::<S, T>::LANES;
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let mut i = 0;

@@ -5,6 +5,7 @@ use crate::array::{Float, Span, Vf, lanes};
 use crate::simd::{Isa, Level, Mask, Scalar, Vector};
 
 use super::math::{Anchored, Exp, Real, log1p};
+use super::rows::block_max;
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: no more than float32 lanes may sum and keep the digits of a divergence.
@@ -363,26 +364,6 @@ fn add<S: Isa, T: Real, const SPREAD: bool>(
         let zero = Vf::<S, T>::splat(constants.isa, T::ZERO);
         *spread = spread.add_where(e.ne(zero), e * (at.top - v));
     }
-}
-
-#[inline(always)]
-pub(super) fn block_max<S: Isa, T: Float>(isa: S, x: Span<T>) -> Vf<S, T> {
-    let step = Vf::<S, T>::LANES;
-    let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
-    let mut i = 0;
-    while i + 4 * step <= x.len() {
-        let part = x.part(i, 4 * step);
-        for (u, max) in max.iter_mut().enumerate() {
-            *max = part.load(isa, u * step).max(*max);
-        }
-        i += 4 * step;
-    }
-    while i < x.len() {
-        let n = step.min(x.len() - i);
-        max[0] = x.load_partial(isa, i, n, T::NEG_INF).max(max[0]);
-        i += n;
-    }
-    max[0].max(max[1]).max(max[2].max(max[3]))
 }
 
 /// How many classes equal `top`, and the first of them.

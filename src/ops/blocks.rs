@@ -1,12 +1,14 @@
 //! Rows block by block for kernels that take a row in several calls: in place where the classes are adjacent, otherwise copied, and a tile of
 //! neighbouring rows at a time where those lie closer together than classes do.
 
+use core::marker::PhantomData;
+
 use crate::array::{Array, Element, FromNumber, Out, Span};
 use crate::kernels::scan::BLOCK;
 use crate::simd::Level;
 
 use super::plan::{Axes, Path, path};
-use super::scratch::{Work, room};
+use super::scratch::{Scratch, Work, room};
 use super::source::{gather, line};
 
 /// Rows that are read together when a tile is copied: where every class is a page of its own, a visit should be worth it.
@@ -32,6 +34,21 @@ impl Layout {
     pub(super) fn together(&self, tiled: bool, row: usize, last: usize) -> usize {
         let inner = self.rows.inner_len().max(1);
         if tiled { TILE.min(last - row).min(inner - row % inner) } else { 1 }
+    }
+}
+
+/// Rows of one task of a job, computed in `T`, as a kernel.
+pub(super) struct Chunk<'j, J, T> {
+    pub(super) job: &'j J,
+    pub(super) first: usize,
+    pub(super) last: usize,
+    pub(super) scratch: &'j mut Scratch,
+    element: PhantomData<T>,
+}
+
+impl<'j, J, T> Chunk<'j, J, T> {
+    pub(super) fn new(job: &'j J, first: usize, last: usize, scratch: &'j mut Scratch) -> Self {
+        Self { job, first, last, scratch, element: PhantomData }
     }
 }
 

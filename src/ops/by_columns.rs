@@ -8,21 +8,18 @@ use crate::kernels::few::{self, Few};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Vector};
+use crate::tunables::tunables;
 
 use super::api::Exec;
 use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
 use super::plan::Path;
 use super::scratch::{Buffers, SCRATCH, Scratch, Work, room};
 use super::source::{Masked, Product, dense_row, flags, gather, row_spread, scatter, shared_stream, softcap, unbend_patches};
-use super::strip::{Finish, Strip, Sum, ignored, prepare, targets};
+use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
 const ROOM: usize = 16 << 10;
-
-/// Bytes of a result from which on its columns are written past the caches: each class is another stretch of memory, and reading the lines first
-/// takes longer than the computation.
-const STREAM: usize = 16 << 20;
 
 /// The most lanes of a vector: tiles are filled up to a multiple of it.
 const LANES: usize = 16;
@@ -102,7 +99,7 @@ impl Strip<'_, '_> {
             Path::Columns => {
                 let dst = out.columns::<E>(job.rows.offset(OUT, self.kept[0]) + first as isize * step, step, count, n);
                 // In place the lines are in the cache already.
-                let stream = !job.in_place && job.rows.size * job.classes.size * size >= STREAM;
+                let stream = !job.in_place && job.rows.size * job.classes.size * size >= tunables().stream_columns_from;
                 job.level.run(Move::Out(source, dst, stream));
             }
             Path::Rows if count == 2 && self.adjacent(OUT, count, size) => {
@@ -347,24 +344,16 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     let plain = all_plain::<T>(job);
     let mut row = first;
     while row < last {
-        let (start, mut n) = (row, 0);
+        let (start, n);
         if job.tile_read == Path::Columns {
             // Vectors of adjacent rows carry ignored ones along.
             let inner = job.rows.inner_len();
             let run = width.min(last - row).min(inner - row % inner);
             (kept[..run]).iter_mut().zip(row..).for_each(|(kept, row)| *kept = row);
-            row += run;
+            (start, row) = (row, row + run);
             n = if job.weights.all || (start..row).any(|row| job.kept(row)) { run } else { 0 };
-        } else if job.weights.all {
-            n = width.min(last - row);
-            (kept[..n]).iter_mut().zip(row..).for_each(|(kept, row)| *kept = row);
-            row += n;
         } else {
-            while row < last && n < width {
-                kept[n] = row;
-                n += usize::from(job.kept(row));
-                row += 1;
-            }
+            (start, (n, row)) = (row, collect(job, row, last, &mut kept[..width]));
         }
         if n > 0 {
             let rows = Strip::new(job, &kept[..n]);
@@ -411,8 +400,9 @@ fn numbers<T: Work>(strip: &Strip) -> [T; WIDTH] {
     target
 }
 
-/// Most rows of a small call.
+/// Most rows of a small call, and most elements.
 const SMALL: usize = 64;
+pub(super) const SMALL_SIZE: usize = SMALL * columns::MOST;
 
 /// The plain case of one strip of float32 rows in C order with int64 labels, where making a job of it would take longer than the work: the mean of
 /// the losses, and the gradient. Nothing, and nothing is written, where it is not that simple: [`super::entry::cross_entropy`] knows.

@@ -14,7 +14,7 @@ use crate::tunables::tunables;
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
 use super::source::{dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
-use super::strip::{Finish, Strip, Sum, ignored, prepare, targets};
+use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 
 /// Bytes of short rows that are worked on together: they stay in L1, or not far from it, until they are written.
@@ -46,12 +46,8 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     let mut known = Known::default();
     let mut row = first;
     while row < last {
-        let (start, mut n) = (row, 0);
-        while row < last && n < width {
-            kept[n] = row;
-            n += usize::from(job.kept(row));
-            row += 1;
-        }
+        let (start, n);
+        (start, (n, row)) = (row, collect(job, row, last, &mut kept[..width]));
         if n > 0 {
             let strip = Strip::new(job, &kept[..n]);
             if short {

@@ -1,6 +1,5 @@
 //! The Kullback–Leibler divergence of two arrays of logits and its gradient.
 
-use core::marker::PhantomData;
 use std::sync::Mutex;
 
 use crate::array::{Array, DType, Out, SpanMut};
@@ -12,10 +11,10 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, Reduction};
-use super::blocks::{Feed, Layout, Operand, RowResult, TILE};
+use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE};
 use super::job::TASK;
 use super::plan::with_axes;
-use super::scratch::{SCRATCH, Scratch, Work, room};
+use super::scratch::{SCRATCH, Work, room};
 use super::targets::{filled, row_shape};
 
 /// Operands of a call.
@@ -89,9 +88,9 @@ pub fn kl_divergence(
         let mut kept = SCRATCH.take().unwrap_or_default();
         let (job, scratch) = (&job, &mut *kept);
         let sum = if double {
-            exec.level.run(Chunk::<f64> { job, first, last, scratch, element: PhantomData })
+            exec.level.run(Chunk::<_, f64>::new(job, first, last, scratch))
         } else {
-            exec.level.run(Chunk::<f32> { job, first, last, scratch, element: PhantomData })
+            exec.level.run(Chunk::<_, f32>::new(job, first, last, scratch))
         };
         SCRATCH.set(Some(kept));
         if let Ok(mut partial) = partial.lock() {
@@ -145,16 +144,7 @@ impl Job<'_> {
     }
 }
 
-/// Rows of one task, as a kernel.
-struct Chunk<'j, 'a, T> {
-    job: &'j Job<'a>,
-    first: usize,
-    last: usize,
-    scratch: &'j mut Scratch,
-    element: PhantomData<T>,
-}
-
-impl<T: Work> Kernel for Chunk<'_, '_, T> {
+impl<T: Work> Kernel for Chunk<'_, Job<'_>, T> {
     type Output = Pair;
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> Pair {

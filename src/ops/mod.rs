@@ -27,6 +27,9 @@ pub use score::{Scores, score_tokens};
 pub use topk::topk_logprobs;
 pub use vjp::{log_softmax_vjp, nll_loss, softmax_vjp};
 
+/// Most elements of [`small_cross_entropy`].
+pub const SMALL_SIZE: usize = by_columns::SMALL_SIZE;
+
 /// Runs `$body` with the type alias `$E` standing for the element type of a float dtype.
 macro_rules! with_element {
     ($dtype:expr, $E:ident => $body:expr) => {

@@ -1,7 +1,5 @@
 //! Scores of given tokens: log-probability, logsumexp and argmax, and on demand entropy and rank, in one reading of the logits.
 
-use core::marker::PhantomData;
-
 use crate::array::{Array, DType, Element, Out};
 use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::{Constants, Scan, Total, larger};
@@ -9,10 +7,10 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::blocks::{Feed, Layout, Operand, RowResult, TILE};
+use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE};
 use super::job::TASK;
 use super::plan::with_axes;
-use super::scratch::{SCRATCH, Scratch, Work};
+use super::scratch::{SCRATCH, Work};
 use super::targets::{NONE, classes, filled, row_shape};
 use super::with_element;
 
@@ -79,7 +77,7 @@ pub fn score_tokens(exec: &Exec, logits: &Array, axis: usize, tokens: &Array, ig
         let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
         let mut scratch = SCRATCH.take().unwrap_or_default();
         with_element!(dtype, E => {
-            exec.level.run(Chunk::<<E as Element>::Acc> { job: &job, first, last, scratch: &mut scratch, element: PhantomData });
+            exec.level.run(Chunk::<_, <E as Element>::Acc>::new(&job, first, last, &mut scratch));
         });
         SCRATCH.set(Some(scratch));
         Ok(())
@@ -133,16 +131,7 @@ impl Job<'_> {
     }
 }
 
-/// Rows of one task, as a kernel.
-struct Chunk<'j, 'a, T> {
-    job: &'j Job<'a>,
-    first: usize,
-    last: usize,
-    scratch: &'j mut Scratch,
-    element: PhantomData<T>,
-}
-
-impl<T: Work> Kernel for Chunk<'_, '_, T> {
+impl<T: Work> Kernel for Chunk<'_, Job<'_>, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {

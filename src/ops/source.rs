@@ -46,13 +46,13 @@ impl<T: Work> Kernel for Softcap<'_, T> {
             let x = if n == step { span.read().load(isa, i) } else { span.read().load_partial(isa, i, n, T::ZERO) };
             let (tanh, sech2) = tanh_sech2(isa, x / cap);
             let y = if self.slope { sech2 } else { tanh * cap };
-            if n == step {
-                span.store(isa, i, y);
-            } else {
-                span.store_partial(isa, i, n, y);
-            }
-            if !slopes.read().is_empty() {
-                slopes.store_partial(isa, i, n, sech2);
+            for (dst, v) in [(span, y), (slopes, sech2)] {
+                if dst.read().is_empty() {
+                } else if n == step {
+                    dst.store(isa, i, v);
+                } else {
+                    dst.store_partial(isa, i, n, v);
+                }
             }
             i += n;
         }

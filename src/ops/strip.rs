@@ -115,6 +115,22 @@ impl Kernel for Sum<'_> {
     }
 }
 
+/// Puts the rows from `row` up to `last` that count into `kept`, as many as there is room for: their number, and the first row not looked at.
+pub(super) fn collect(job: &Job, mut row: usize, last: usize, kept: &mut [usize]) -> (usize, usize) {
+    let mut n = 0;
+    if job.weights.all {
+        n = kept.len().min(last - row);
+        kept[..n].iter_mut().zip(row..).for_each(|(kept, row)| *kept = row);
+        return (n, row + n);
+    }
+    while row < last && n < kept.len() {
+        kept[n] = row;
+        n += usize::from(job.kept(row));
+        row += 1;
+    }
+    (n, row)
+}
+
 /// Zero results and gradients of the rows that were left out.
 pub(super) fn ignored(job: &Job, start: usize, end: usize, kept: &[usize]) {
     let mut at = 0;

@@ -1,6 +1,5 @@
 //! The largest log-probabilities of each row, with the logsumexp from the same reading of the logits.
 
-use core::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::array::{Array, DType, Element, Out};
@@ -10,10 +9,10 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::blocks::{Feed, Layout, Operand, TILE};
+use super::blocks::{Chunk, Feed, Layout, Operand, TILE};
 use super::job::TASK;
 use super::plan::Axes;
-use super::scratch::{SCRATCH, Scratch, Work};
+use super::scratch::{SCRATCH, Work};
 use super::with_element;
 
 /// The `k` largest of log-softmax over `axis` in falling order, ties by the lower index, and their classes (int64); both results have the
@@ -49,7 +48,7 @@ pub fn topk_logprobs(exec: &Exec, logits: &Array, axis: usize, logprobs: &Out, i
         let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
         let mut scratch = SCRATCH.take().unwrap_or_default();
         with_element!(dtype, E => {
-            exec.level.run(Chunk::<<E as Element>::Acc> { job: &job, first, last, scratch: &mut scratch, element: PhantomData });
+            exec.level.run(Chunk::<_, <E as Element>::Acc>::new(&job, first, last, &mut scratch));
         });
         SCRATCH.set(Some(scratch));
         Ok(())
@@ -70,15 +69,7 @@ struct Job<'a> {
     failed: AtomicBool,
 }
 
-struct Chunk<'j, 'a, T> {
-    job: &'j Job<'a>,
-    first: usize,
-    last: usize,
-    scratch: &'j mut Scratch,
-    element: PhantomData<T>,
-}
-
-impl<T: Work> Kernel for Chunk<'_, '_, T> {
+impl<T: Work> Kernel for Chunk<'_, Job<'_>, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {

@@ -13,9 +13,6 @@ use super::targets::{self, Logits};
 use crate::array::Dims;
 use crate::ops::{self, Grad, LossOptions, Reduction, Target};
 
-/// Elements of a small call.
-const SMALL: usize = 2048;
-
 type Object<'a, 'py> = &'a Bound<'py, PyAny>;
 
 /// Arguments that every loss has.
@@ -171,7 +168,7 @@ fn small<'py>(
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = common.logits.py();
     let plain = x.ndim() == 2
-        && x.array().size() <= SMALL
+        && x.array().size() <= ops::SMALL_SIZE
         && common.weight.is_none()
         && extra.is_off()
         && is_ndarray(common.target)
