@@ -4,9 +4,11 @@
 
 pub mod columns;
 pub mod divergence;
+pub mod emit;
 pub mod few;
 pub mod finish;
 pub mod math;
 pub mod rows;
 pub mod scan;
+pub mod short;
 pub mod state;

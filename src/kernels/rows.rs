@@ -4,10 +4,9 @@
 //! in one unbroken stream; a block's exponentials are relative to the maximum of everything up to and including it. Only where a block reaches
 //! the running maximum is it looked at again, to count the ties.
 
-use crate::array::{DType, Element, Float, Half, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::array::{DType, Element, Half, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
-use super::finish::Tile;
 use super::math::{Anchored, Exp, Real};
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
@@ -67,7 +66,7 @@ const BF16: u8 = 2;
 
 /// The block to be read next: its maximum is taken in the loop over the one before it, and halves are widened there.
 #[derive(Clone, Copy)]
-struct Ahead<'a, T> {
+pub(super) struct Ahead<'a, T> {
     block: Span<'a, T>,
     /// What is to be widened into the block.
     from: Option<(Half<'a>, SpanMut<'a, T>)>,
@@ -75,11 +74,11 @@ struct Ahead<'a, T> {
 
 impl<'a, T: Real> Ahead<'a, T> {
     #[inline(always)]
-    fn of(block: Span<'a, T>) -> Self {
+    pub(super) fn of(block: Span<'a, T>) -> Self {
         Self { block, from: None }
     }
     #[inline(always)]
-    fn half(from: Half<'a>, to: SpanMut<'a, T>) -> Self {
+    pub(super) fn half(from: Half<'a>, to: SpanMut<'a, T>) -> Self {
         Self { block: to.read(), from: Some((from, to)) }
     }
     #[inline(always)]
@@ -107,7 +106,7 @@ impl<'a, T: Real> Ahead<'a, T> {
     }
     /// The maximum.
     #[inline(always)]
-    fn max<S: Isa>(self, isa: S) -> Vf<S, T> {
+    pub(super) fn max<S: Isa>(self, isa: S) -> Vf<S, T> {
         match self.kind() {
             F16 => self.widened_max::<S, F16>(isa),
             BF16 => self.widened_max::<S, BF16>(isa),
@@ -410,7 +409,7 @@ pub struct Wanted<'a> {
 /// Classes that are summed in one go: few enough additions to an accumulator in a row, a whole block of float32 on wide vectors, less of it on narrow
 /// ones. Float64 has nothing wider to go to, and fewer digits to spare.
 #[inline(always)]
-fn stretch<S: Isa, T: Real>() -> usize {
+pub(super) fn stretch<S: Isa, T: Real>() -> usize {
     let accumulators = if S::REGISTERS < 32 { 2 } else { 4 };
     let additions = if T::DTYPE == DType::F64 { 8 } else { 16 };
     BLOCK.min(if Vf::<S, T>::LANES < 4 { 8 } else { additions * accumulators * Vf::<S, T>::LANES })
@@ -557,427 +556,4 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
         t_extra.merge(T::total(t_rest));
     }
     State { max: max.to_f64(), ties, arg, reference, rest: rest_extra, lin: lin_extra, t_rest: t_extra, t_top: t_top.value() }
-}
-
-/// Rows of one block each, without a dense stream, as a kernel: their states go to the tile, from its first row on.
-///
-/// Rows whose maximum is off the grid of the integer reduction, or infinite, are left as they are, with NaN for the number of their ties; the
-/// result says whether there are any.
-pub struct Short<'a, T> {
-    /// 1 / temperature.
-    pub scale: f64,
-    /// The logits of at most [`MOST_SHORT`] rows.
-    pub x: Rows<'a, T>,
-    /// Halves that are to be widened to where the logits are then expected, if that is where they come from.
-    pub from: Option<(HalfRows<'a>, RowsMut<'a, T>)>,
-    /// Where the exponentials go, if anywhere; may be the rows themselves.
-    pub dst: Option<RowsMut<'a, T>>,
-    /// A class of each row, or nothing: their logits go to `x_target`.
-    pub classes: &'a [usize],
-    /// Gets `max`, `ties`, `k`, `b` and `rest`.
-    pub tile: &'a mut Tile,
-}
-
-/// Most rows in one go of [`Short`].
-pub const MOST_SHORT: usize = 64;
-
-/// Bytes of rows whose maxima are taken before the first of them is read again: they are still in L1 then.
-const TOGETHER: usize = 16 << 10;
-
-impl<T: Summand> Kernel for Short<'_, T> {
-    type Output = bool;
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) -> bool {
-        if self.dst.is_some() { short::<S, T, true>(isa, self) } else { short::<S, T, false>(isa, self) }
-    }
-}
-
-#[inline(always)]
-fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
-    const GROUP: usize = 16;
-    let Short { scale, x, from, dst, classes, tile } = job;
-    let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
-    let exp = Exp::<Vf<S, T>>::new(isa, scale);
-    let limit = T::from_f64(T::LIMIT.to_f64() / scale);
-    let together = (TOGETHER / (x.len() * size_of::<T>()).max(1)).clamp(4, GROUP);
-    let (mut top, mut magic, mut floor) = ([T::ZERO; GROUP], [T::ZERO; GROUP], [T::ZERO; GROUP]);
-    let mut left = false;
-    let mut first = 0;
-    while first < x.count() {
-        let n = together.min(x.count() - first);
-        for (r, top) in top[..n].iter_mut().enumerate() {
-            let row = x.row(first + r);
-            let ahead = match from {
-                Some((half, to)) => Ahead::half(half.row(first + r), to.row(first + r)),
-                None => Ahead::of(row),
-            };
-            *top = ahead.max(isa).reduce_max();
-            if let Some(&class) = classes.get(first + r) {
-                tile.x_target[first + r] = row.get(class).to_f64();
-            }
-        }
-        for j in (0..n).step_by(Vf::<S, T>::LANES) {
-            let max = Span::of(&top).load(isa, j);
-            let near = Vf::<S, T>::select(max.abs().le(Vf::<S, T>::splat(isa, limit)), max, splat::<S, T>(isa, 0.0));
-            let k = exp.reference(near);
-            let parts = exp.anchor_parts(k);
-            SpanMut::of(&mut magic).store(isa, j, parts.0);
-            SpanMut::of(&mut floor).store(isa, j, parts.1);
-            T::store_wide(isa, max, SpanMut::of(&mut tile.max), first + j);
-            T::store_wide(isa, k, SpanMut::of(&mut tile.k), first + j);
-        }
-        for r in 0..n {
-            let slot = first + r;
-            tile.b[slot] = 0.0;
-            if top[r].to_f64().abs() > limit.to_f64() {
-                tile.ties[slot] = f64::NAN;
-                left = true;
-                continue;
-            }
-            let at = exp.anchored(Vf::<S, T>::splat(isa, magic[r]), Vf::<S, T>::splat(isa, floor[r]));
-            let dst = if STORE { dst.row(slot) } else { SpanMut::of(&mut []) };
-            let row = x.row(slot);
-            let ahead = match from {
-                Some((half, _)) => half.address(slot + n),
-                None => x.address(slot + n),
-            };
-            let (rest, ties) = sum_row::<S, T, STORE>(isa, &at, Vf::<S, T>::splat(isa, top[r]), row, ahead, dst);
-            (tile.rest[slot], tile.ties[slot]) = (rest, ties as f64);
-        }
-        first += n;
-    }
-    left
-}
-
-/// The sum of the exponentials of a row but for its maxima, and their number. Memory is asked for what lies `ahead`, a row that is read later.
-#[inline(always)]
-fn sum_row<S: Isa, T: Summand, const STORE: bool>(
-    isa: S,
-    at: &Anchored<Vf<S, T>>,
-    top: Vf<S, T>,
-    x: Span<T>,
-    ahead: *const u8,
-    dst: SpanMut<T>,
-) -> (f64, usize) {
-    let step = Vf::<S, T>::LANES;
-    let own = if S::REGISTERS < 32 { 1 } else { 3 };
-    let mut wide = Wide::zero(isa);
-    let mut below = 0;
-    let mut i = 0;
-    while i < x.len() {
-        let end = x.len().min(i + stretch::<S, T>());
-        let mut rest = [splat::<S, T>(isa, 0.0); 4];
-        while i + 4 * step <= end {
-            for u in 0..4 {
-                isa.prefetch(ahead.wrapping_add((i + u * step) * size_of::<T>()));
-                let v = x.load(isa, i + u * step);
-                let (p, q) = at.parts(v);
-                if STORE {
-                    dst.store(isa, i + u * step, p * q);
-                }
-                // Unordered: a NaN is not the maximum and so reaches the sum.
-                let others = v.ne(top);
-                rest[u & own] = rest[u & own].fma_where(others, p, q);
-                below += others.count();
-            }
-            i += 4 * step;
-        }
-        while i + step <= end {
-            isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
-            let v = x.load(isa, i);
-            let (p, q) = at.parts(v);
-            if STORE {
-                dst.store(isa, i, p * q);
-            }
-            let others = v.ne(top);
-            rest[1] = rest[1].fma_where(others, p, q);
-            below += others.count();
-            i += step;
-        }
-        if i < end {
-            let n = end - i;
-            isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
-            let v = x.load_partial(isa, i, n, T::NEG_INF);
-            let (p, q) = at.parts(v);
-            if STORE {
-                dst.store_partial(isa, i, n, p * q);
-            }
-            let others = v.ne(top);
-            rest[0] = rest[0].fma_where(others, p, q);
-            below += others.count() - (step - n);
-            i = end;
-        }
-        let [a, b, c, d] = rest;
-        T::add(isa, &mut wide, (a + b) + (c + d));
-    }
-    (T::total(wide).value(), x.len() - below)
-}
-
-/// Values to be written, vector by vector.
-trait Values<S: Isa, T: Real> {
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T>;
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T>;
-}
-
-/// Writes values; `past` the caches if wanted.
-#[inline(always)]
-fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: &W, dst: SpanMut<O>, past: bool) {
-    let step = Vf::<S, T>::LANES;
-    let len = dst.read().len();
-    let mut i = 0;
-    if past {
-        let lead = dst.lead().min(len);
-        while i < lead {
-            let n = step.min(lead - i);
-            dst.store_partial(isa, i, n, values.partial(isa, i, n));
-            i += n;
-        }
-        while i + step <= len {
-            dst.stream(isa, i, values.whole(isa, i));
-            i += step;
-        }
-    } else {
-        while i + step <= len {
-            dst.store(isa, i, values.whole(isa, i));
-            i += step;
-        }
-    }
-    if i < len {
-        dst.store_partial(isa, i, len - i, values.partial(isa, i, len - i));
-    }
-}
-
-/// `min(a·e, most) − g·t`.
-#[derive(Clone, Copy)]
-struct Scaling<'a, V: Vector> {
-    a: V,
-    most: V,
-    g: V,
-    t: Span<'a, V::Elem>,
-}
-
-impl<V: Vector> Scaling<'_, V>
-where
-    V::Elem: Real<V<V::Isa> = V>,
-{
-    #[inline(always)]
-    fn whole(&self, isa: V::Isa, i: usize, e: V) -> V {
-        // In this order NaN passes.
-        let v = self.most.min(e * self.a);
-        if self.t.is_empty() { v } else { v - self.t.load(isa, i) * self.g }
-    }
-    #[inline(always)]
-    fn partial(&self, isa: V::Isa, i: usize, n: usize, e: V) -> V {
-        let v = self.most.min(e * self.a);
-        if self.t.is_empty() { v } else { v - self.t.load_partial(isa, i, n, V::Elem::ZERO) * self.g }
-    }
-}
-
-struct Stored<'a, V: Vector> {
-    e: Span<'a, V::Elem>,
-    scaling: Scaling<'a, V>,
-}
-
-impl<S: Isa, T: Real> Values<S, T> for Stored<'_, Vf<S, T>> {
-    #[inline(always)]
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
-        self.scaling.whole(isa, i, self.e.load(isa, i))
-    }
-    #[inline(always)]
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        self.scaling.partial(isa, i, n, self.e.load_partial(isa, i, n, T::ZERO))
-    }
-}
-
-/// Exponentials that are multiplied in two steps.
-struct Balanced<'a, V: Vector> {
-    stored: Stored<'a, V>,
-    factor: V,
-}
-
-impl<S: Isa, T: Real> Values<S, T> for Balanced<'_, Vf<S, T>> {
-    #[inline(always)]
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
-        self.stored.scaling.whole(isa, i, self.stored.e.load(isa, i) * self.factor)
-    }
-    #[inline(always)]
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        self.stored.scaling.partial(isa, i, n, self.stored.e.load_partial(isa, i, n, T::ZERO) * self.factor)
-    }
-}
-
-/// Logits, of the type that is computed in or halves.
-#[derive(Clone, Copy)]
-struct Source<'a, T> {
-    wide: Span<'a, T>,
-    half: Option<Half<'a>>,
-}
-
-impl<T: Real> Source<'_, T> {
-    #[inline(always)]
-    fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, T> {
-        match self.half {
-            Some(half) => T::load_half(isa, half, i, Vf::<S, T>::LANES),
-            None => self.wide.load(isa, i),
-        }
-    }
-    #[inline(always)]
-    fn load_partial<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        match self.half {
-            Some(half) => T::load_half(isa, half, i, n),
-            None => self.wide.load_partial(isa, i, n, T::NEG_INF),
-        }
-    }
-}
-
-struct Anew<'a, V: Vector> {
-    x: Source<'a, V::Elem>,
-    at: Anchored<V>,
-    b: V,
-    scaling: Scaling<'a, V>,
-}
-
-impl<S: Isa, T: Real> Values<S, T> for Anew<'_, Vf<S, T>> {
-    #[inline(always)]
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
-        self.scaling.whole(isa, i, self.at.exp2(self.x.load(isa, i) - self.b))
-    }
-    #[inline(always)]
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        self.scaling.partial(isa, i, n, self.at.exp2(self.x.load_partial(isa, i, n) - self.b))
-    }
-}
-
-struct Logs<'a, V: Vector> {
-    x: Source<'a, V::Elem>,
-    max: V,
-    scale: V,
-    log_sum: V,
-}
-
-impl<S: Isa, T: Real> Values<S, T> for Logs<'_, Vf<S, T>> {
-    #[inline(always)]
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
-        (self.x.load(isa, i) - self.max) * self.scale - self.log_sum
-    }
-    #[inline(always)]
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        (self.x.load_partial(isa, i, n) - self.max) * self.scale - self.log_sum
-    }
-}
-
-/// What results are made from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
-    /// Exponentials.
-    Stored,
-    /// Logits, whose exponentials are computed again.
-    Anew,
-    /// Logits, for log-probabilities: `(x − max)·scale − log_sum`, in this order, where neither step cancels.
-    Logs,
-}
-
-/// Results of rows that were finished, or of one block of a row, as a kernel: `min(a·e, most) − slope·t`.
-pub struct Emit<'a, T, O> {
-    /// 1 / temperature.
-    pub scale: f64,
-    /// What `src` holds.
-    pub from: From,
-    /// No product of `a` and an exponential is larger: 1 for probabilities.
-    pub most: f64,
-    /// The coefficients, those of row r at `first + r`.
-    pub tile: &'a Tile,
-    /// See there.
-    pub first: usize,
-    /// Logits or exponentials.
-    pub src: Rows<'a, T>,
-    /// Stands for `src` where there are logits of a half type.
-    pub half: Option<HalfRows<'a>>,
-    /// The dense stream, or nothing.
-    pub t: Span<'a, T>,
-    /// References of the exponentials, block by block of all rows; those of the rows where it is empty.
-    pub references: &'a [Reference],
-    /// The results; may be where `src` is.
-    pub dst: RowsMut<'a, O>,
-    /// Whether they go past the caches.
-    pub past: bool,
-}
-
-impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) {
-        let exp = Exp::<Vf<S, T>>::new(isa, self.scale);
-        let len = self.dst.read().len();
-        let blocks = len.div_ceil(BLOCK);
-        for r in 0..self.dst.count() {
-            let dst = self.dst.row(r);
-            let src =
-                Source { wide: if self.half.is_some() { Span::of(&[]) } else { self.src.row(r) }, half: self.half.map(|half| half.row(r)) };
-            if self.references.is_empty() {
-                self.part(isa, &exp, self.first + r, None, src, self.t, dst);
-                continue;
-            }
-            for (index, &reference) in self.references[r * blocks..][..blocks].iter().enumerate() {
-                let (start, n) = (index * BLOCK, BLOCK.min(len - index * BLOCK));
-                let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
-                self.part(
-                    isa,
-                    &exp,
-                    self.first + r,
-                    Some(reference),
-                    Source { wide: src.wide.part(start, n), half: None },
-                    t,
-                    dst.part(start, n),
-                );
-            }
-        }
-        if self.past {
-            isa.fence();
-        }
-    }
-}
-
-impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
-    #[inline(always)]
-    fn part<S: Isa>(
-        &self,
-        isa: S,
-        exp: &Exp<Vf<S, T>>,
-        slot: usize,
-        reference: Option<Reference>,
-        src: Source<T>,
-        t: Span<T>,
-        dst: SpanMut<O>,
-    ) {
-        let tile = self.tile;
-        let own = Reference { k: tile.k[slot], b: tile.b[slot] };
-        if self.from == From::Logs {
-            let max = splat::<S, T>(isa, tile.max[slot]);
-            let (scale, log_sum) = (splat::<S, T>(isa, self.scale), splat::<S, T>(isa, tile.log_sum[slot]));
-            return write(isa, &Logs { x: src, max, scale, log_sum }, dst, self.past);
-        }
-        // In one factor, unless it leaves the normal numbers where the result may not.
-        let factor = reference.map_or(1.0, |reference| reference.factor(own, self.scale));
-        let a = tile.a[slot];
-        let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
-        let shift = T::BIAS.to_f64().exp2();
-        let (a, factor) = match ((a * factor).abs() < tiny, a.abs() < tiny) {
-            (false, _) => (a * factor, 1.0),
-            (true, false) => (a, factor),
-            (true, true) => (a * shift, factor / shift),
-        };
-        let slope = if t.is_empty() { 0.0 } else { tile.slope[slot] };
-        let scaling = Scaling { a: splat::<S, T>(isa, a), most: splat::<S, T>(isa, self.most), g: splat::<S, T>(isa, slope), t };
-        if self.from == From::Anew {
-            let at = exp.anchor(splat::<S, T>(isa, own.k - factor.log2()));
-            return write(isa, &Anew { x: src, at, b: splat::<S, T>(isa, own.b), scaling }, dst, self.past);
-        }
-        let stored = Stored { e: src.wide, scaling };
-        if factor == 1.0 {
-            write(isa, &stored, dst, self.past);
-        } else {
-            write(isa, &Balanced { stored, factor: splat::<S, T>(isa, factor) }, dst, false);
-        }
-    }
 }

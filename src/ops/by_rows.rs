@@ -5,8 +5,10 @@
 
 use crate::array::{DType, Element, HalfRows, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::columns;
+use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
-use crate::kernels::rows::{BLOCK, Emit, From, Input, Known, MOST_SHORT, Reduce, Short, Wanted};
+use crate::kernels::rows::{BLOCK, Input, Known, Reduce, Wanted};
+use crate::kernels::short::{MOST_SHORT, Short};
 use crate::kernels::state::{Pair, Reference, State};
 use crate::simd::{Isa, Kernel};
 use crate::tunables::tunables;

@@ -85,7 +85,7 @@ pub fn cross_entropy(
 }
 
 /// The mean of [`cross_entropy`] without options over the last axis, for calls so small that looking at options takes longer: nothing where it has
-/// to be asked, see [`by_columns::small`].
+/// to be asked, as `by_columns::small` says.
 pub fn small_cross_entropy(exec: &Exec, logits: &Array, target: &Array, ignore_index: Option<i64>, out: Option<&Out>) -> Option<f64> {
     by_columns::small(exec, logits, target, ignore_index, out)
 }

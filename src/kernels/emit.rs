@@ -1,0 +1,278 @@
+//! Results of rows: from exponentials that were kept or are computed again, or from logits.
+
+use crate::array::{DType, Element, Float, Half, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::simd::{Isa, Kernel, Vector};
+
+use super::finish::Tile;
+use super::math::{Anchored, Exp, Real};
+use super::rows::BLOCK;
+use super::state::{Reference, Summand, splat};
+
+/// Values to be written, vector by vector.
+trait Values<S: Isa, T: Real> {
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T>;
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T>;
+}
+
+/// Writes values; `past` the caches if wanted.
+#[inline(always)]
+fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: &W, dst: SpanMut<O>, past: bool) {
+    let step = Vf::<S, T>::LANES;
+    let len = dst.read().len();
+    let mut i = 0;
+    if past {
+        let lead = dst.lead().min(len);
+        while i < lead {
+            let n = step.min(lead - i);
+            dst.store_partial(isa, i, n, values.partial(isa, i, n));
+            i += n;
+        }
+        while i + step <= len {
+            dst.stream(isa, i, values.whole(isa, i));
+            i += step;
+        }
+    } else {
+        while i + step <= len {
+            dst.store(isa, i, values.whole(isa, i));
+            i += step;
+        }
+    }
+    if i < len {
+        dst.store_partial(isa, i, len - i, values.partial(isa, i, len - i));
+    }
+}
+
+/// `min(a·e, most) − g·t`.
+#[derive(Clone, Copy)]
+struct Scaling<'a, V: Vector> {
+    a: V,
+    most: V,
+    g: V,
+    t: Span<'a, V::Elem>,
+}
+
+impl<V: Vector> Scaling<'_, V>
+where
+    V::Elem: Real<V<V::Isa> = V>,
+{
+    #[inline(always)]
+    fn whole(&self, isa: V::Isa, i: usize, e: V) -> V {
+        // In this order NaN passes.
+        let v = self.most.min(e * self.a);
+        if self.t.is_empty() { v } else { v - self.t.load(isa, i) * self.g }
+    }
+    #[inline(always)]
+    fn partial(&self, isa: V::Isa, i: usize, n: usize, e: V) -> V {
+        let v = self.most.min(e * self.a);
+        if self.t.is_empty() { v } else { v - self.t.load_partial(isa, i, n, V::Elem::ZERO) * self.g }
+    }
+}
+
+struct Stored<'a, V: Vector> {
+    e: Span<'a, V::Elem>,
+    scaling: Scaling<'a, V>,
+}
+
+impl<S: Isa, T: Real> Values<S, T> for Stored<'_, Vf<S, T>> {
+    #[inline(always)]
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
+        self.scaling.whole(isa, i, self.e.load(isa, i))
+    }
+    #[inline(always)]
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        self.scaling.partial(isa, i, n, self.e.load_partial(isa, i, n, T::ZERO))
+    }
+}
+
+/// Exponentials that are multiplied in two steps.
+struct Balanced<'a, V: Vector> {
+    stored: Stored<'a, V>,
+    factor: V,
+}
+
+impl<S: Isa, T: Real> Values<S, T> for Balanced<'_, Vf<S, T>> {
+    #[inline(always)]
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
+        self.stored.scaling.whole(isa, i, self.stored.e.load(isa, i) * self.factor)
+    }
+    #[inline(always)]
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        self.stored.scaling.partial(isa, i, n, self.stored.e.load_partial(isa, i, n, T::ZERO) * self.factor)
+    }
+}
+
+/// Logits, of the type that is computed in or halves.
+#[derive(Clone, Copy)]
+struct Source<'a, T> {
+    wide: Span<'a, T>,
+    half: Option<Half<'a>>,
+}
+
+impl<T: Real> Source<'_, T> {
+    #[inline(always)]
+    fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, T> {
+        match self.half {
+            Some(half) => T::load_half(isa, half, i, Vf::<S, T>::LANES),
+            None => self.wide.load(isa, i),
+        }
+    }
+    #[inline(always)]
+    fn load_partial<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        match self.half {
+            Some(half) => T::load_half(isa, half, i, n),
+            None => self.wide.load_partial(isa, i, n, T::NEG_INF),
+        }
+    }
+}
+
+struct Anew<'a, V: Vector> {
+    x: Source<'a, V::Elem>,
+    at: Anchored<V>,
+    b: V,
+    scaling: Scaling<'a, V>,
+}
+
+impl<S: Isa, T: Real> Values<S, T> for Anew<'_, Vf<S, T>> {
+    #[inline(always)]
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
+        self.scaling.whole(isa, i, self.at.exp2(self.x.load(isa, i) - self.b))
+    }
+    #[inline(always)]
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        self.scaling.partial(isa, i, n, self.at.exp2(self.x.load_partial(isa, i, n) - self.b))
+    }
+}
+
+struct Logs<'a, V: Vector> {
+    x: Source<'a, V::Elem>,
+    max: V,
+    scale: V,
+    log_sum: V,
+}
+
+impl<S: Isa, T: Real> Values<S, T> for Logs<'_, Vf<S, T>> {
+    #[inline(always)]
+    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
+        (self.x.load(isa, i) - self.max) * self.scale - self.log_sum
+    }
+    #[inline(always)]
+    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        (self.x.load_partial(isa, i, n) - self.max) * self.scale - self.log_sum
+    }
+}
+
+/// What results are made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum From {
+    /// Exponentials.
+    Stored,
+    /// Logits, whose exponentials are computed again.
+    Anew,
+    /// Logits, for log-probabilities: `(x − max)·scale − log_sum`, in this order, where neither step cancels.
+    Logs,
+}
+
+/// Results of rows that were finished, or of one block of a row, as a kernel: `min(a·e, most) − slope·t`.
+pub struct Emit<'a, T, O> {
+    /// 1 / temperature.
+    pub scale: f64,
+    /// What `src` holds.
+    pub from: From,
+    /// No product of `a` and an exponential is larger: 1 for probabilities.
+    pub most: f64,
+    /// The coefficients, those of row r at `first + r`.
+    pub tile: &'a Tile,
+    /// See there.
+    pub first: usize,
+    /// Logits or exponentials.
+    pub src: Rows<'a, T>,
+    /// Stands for `src` where there are logits of a half type.
+    pub half: Option<HalfRows<'a>>,
+    /// The dense stream, or nothing.
+    pub t: Span<'a, T>,
+    /// References of the exponentials, block by block of all rows; those of the rows where it is empty.
+    pub references: &'a [Reference],
+    /// The results; may be where `src` is.
+    pub dst: RowsMut<'a, O>,
+    /// Whether they go past the caches.
+    pub past: bool,
+}
+
+impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        let exp = Exp::<Vf<S, T>>::new(isa, self.scale);
+        let len = self.dst.read().len();
+        let blocks = len.div_ceil(BLOCK);
+        for r in 0..self.dst.count() {
+            let dst = self.dst.row(r);
+            let src =
+                Source { wide: if self.half.is_some() { Span::of(&[]) } else { self.src.row(r) }, half: self.half.map(|half| half.row(r)) };
+            if self.references.is_empty() {
+                self.part(isa, &exp, self.first + r, None, src, self.t, dst);
+                continue;
+            }
+            for (index, &reference) in self.references[r * blocks..][..blocks].iter().enumerate() {
+                let (start, n) = (index * BLOCK, BLOCK.min(len - index * BLOCK));
+                let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
+                self.part(
+                    isa,
+                    &exp,
+                    self.first + r,
+                    Some(reference),
+                    Source { wide: src.wide.part(start, n), half: None },
+                    t,
+                    dst.part(start, n),
+                );
+            }
+        }
+        if self.past {
+            isa.fence();
+        }
+    }
+}
+
+impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
+    #[inline(always)]
+    fn part<S: Isa>(
+        &self,
+        isa: S,
+        exp: &Exp<Vf<S, T>>,
+        slot: usize,
+        reference: Option<Reference>,
+        src: Source<T>,
+        t: Span<T>,
+        dst: SpanMut<O>,
+    ) {
+        let tile = self.tile;
+        let own = Reference { k: tile.k[slot], b: tile.b[slot] };
+        if self.from == From::Logs {
+            let max = splat::<S, T>(isa, tile.max[slot]);
+            let (scale, log_sum) = (splat::<S, T>(isa, self.scale), splat::<S, T>(isa, tile.log_sum[slot]));
+            return write(isa, &Logs { x: src, max, scale, log_sum }, dst, self.past);
+        }
+        // In one factor, unless it leaves the normal numbers where the result may not.
+        let factor = reference.map_or(1.0, |reference| reference.factor(own, self.scale));
+        let a = tile.a[slot];
+        let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
+        let shift = T::BIAS.to_f64().exp2();
+        let (a, factor) = match ((a * factor).abs() < tiny, a.abs() < tiny) {
+            (false, _) => (a * factor, 1.0),
+            (true, false) => (a, factor),
+            (true, true) => (a * shift, factor / shift),
+        };
+        let slope = if t.is_empty() { 0.0 } else { tile.slope[slot] };
+        let scaling = Scaling { a: splat::<S, T>(isa, a), most: splat::<S, T>(isa, self.most), g: splat::<S, T>(isa, slope), t };
+        if self.from == From::Anew {
+            let at = exp.anchor(splat::<S, T>(isa, own.k - factor.log2()));
+            return write(isa, &Anew { x: src, at, b: splat::<S, T>(isa, own.b), scaling }, dst, self.past);
+        }
+        let stored = Stored { e: src.wide, scaling };
+        if factor == 1.0 {
+            write(isa, &stored, dst, self.past);
+        } else {
+            write(isa, &Balanced { stored, factor: splat::<S, T>(isa, factor) }, dst, false);
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Short rows: of one block each, reduced many at a time, so that what a row costs by itself is shared.
+
+use crate::array::{HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::simd::{Isa, Kernel, Mask, Vector};
+
+use super::finish::Tile;
+use super::math::{Anchored, Exp};
+use super::rows::{Ahead, stretch};
+use super::state::{Summand, Wide, splat};
+
+/// Rows of one block each, without a dense stream, as a kernel: their states go to the tile, from its first row on.
+///
+/// Rows whose maximum is off the grid of the integer reduction, or infinite, are left as they are, with NaN for the number of their ties; the
+/// result says whether there are any.
+pub struct Short<'a, T> {
+    /// 1 / temperature.
+    pub scale: f64,
+    /// The logits of at most [`MOST_SHORT`] rows.
+    pub x: Rows<'a, T>,
+    /// Halves that are to be widened to where the logits are then expected, if that is where they come from.
+    pub from: Option<(HalfRows<'a>, RowsMut<'a, T>)>,
+    /// Where the exponentials go, if anywhere; may be the rows themselves.
+    pub dst: Option<RowsMut<'a, T>>,
+    /// A class of each row, or nothing: their logits go to `x_target`.
+    pub classes: &'a [usize],
+    /// Gets `max`, `ties`, `k`, `b` and `rest`.
+    pub tile: &'a mut Tile,
+}
+
+/// Most rows in one go of [`Short`].
+pub const MOST_SHORT: usize = 64;
+
+/// Bytes of rows whose maxima are taken before the first of them is read again: they are still in L1 then.
+const TOGETHER: usize = 16 << 10;
+
+impl<T: Summand> Kernel for Short<'_, T> {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> bool {
+        if self.dst.is_some() { short::<S, T, true>(isa, self) } else { short::<S, T, false>(isa, self) }
+    }
+}
+
+#[inline(always)]
+fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
+    const GROUP: usize = 16;
+    let Short { scale, x, from, dst, classes, tile } = job;
+    let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
+    let exp = Exp::<Vf<S, T>>::new(isa, scale);
+    let limit = T::from_f64(T::LIMIT.to_f64() / scale);
+    let together = (TOGETHER / (x.len() * size_of::<T>()).max(1)).clamp(4, GROUP);
+    let (mut top, mut magic, mut floor) = ([T::ZERO; GROUP], [T::ZERO; GROUP], [T::ZERO; GROUP]);
+    let mut left = false;
+    let mut first = 0;
+    while first < x.count() {
+        let n = together.min(x.count() - first);
+        for (r, top) in top[..n].iter_mut().enumerate() {
+            let row = x.row(first + r);
+            let ahead = match from {
+                Some((half, to)) => Ahead::half(half.row(first + r), to.row(first + r)),
+                None => Ahead::of(row),
+            };
+            *top = ahead.max(isa).reduce_max();
+            if let Some(&class) = classes.get(first + r) {
+                tile.x_target[first + r] = row.get(class).to_f64();
+            }
+        }
+        for j in (0..n).step_by(Vf::<S, T>::LANES) {
+            let max = Span::of(&top).load(isa, j);
+            let near = Vf::<S, T>::select(max.abs().le(Vf::<S, T>::splat(isa, limit)), max, splat::<S, T>(isa, 0.0));
+            let k = exp.reference(near);
+            let parts = exp.anchor_parts(k);
+            SpanMut::of(&mut magic).store(isa, j, parts.0);
+            SpanMut::of(&mut floor).store(isa, j, parts.1);
+            T::store_wide(isa, max, SpanMut::of(&mut tile.max), first + j);
+            T::store_wide(isa, k, SpanMut::of(&mut tile.k), first + j);
+        }
+        for r in 0..n {
+            let slot = first + r;
+            tile.b[slot] = 0.0;
+            if top[r].to_f64().abs() > limit.to_f64() {
+                tile.ties[slot] = f64::NAN;
+                left = true;
+                continue;
+            }
+            let at = exp.anchored(Vf::<S, T>::splat(isa, magic[r]), Vf::<S, T>::splat(isa, floor[r]));
+            let dst = if STORE { dst.row(slot) } else { SpanMut::of(&mut []) };
+            let row = x.row(slot);
+            let ahead = match from {
+                Some((half, _)) => half.address(slot + n),
+                None => x.address(slot + n),
+            };
+            let (rest, ties) = sum_row::<S, T, STORE>(isa, &at, Vf::<S, T>::splat(isa, top[r]), row, ahead, dst);
+            (tile.rest[slot], tile.ties[slot]) = (rest, ties as f64);
+        }
+        first += n;
+    }
+    left
+}
+
+/// The sum of the exponentials of a row but for its maxima, and their number. Memory is asked for what lies `ahead`, a row that is read later.
+#[inline(always)]
+fn sum_row<S: Isa, T: Summand, const STORE: bool>(
+    isa: S,
+    at: &Anchored<Vf<S, T>>,
+    top: Vf<S, T>,
+    x: Span<T>,
+    ahead: *const u8,
+    dst: SpanMut<T>,
+) -> (f64, usize) {
+    let step = Vf::<S, T>::LANES;
+    let own = if S::REGISTERS < 32 { 1 } else { 3 };
+    let mut wide = Wide::zero(isa);
+    let mut below = 0;
+    let mut i = 0;
+    while i < x.len() {
+        let end = x.len().min(i + stretch::<S, T>());
+        let mut rest = [splat::<S, T>(isa, 0.0); 4];
+        while i + 4 * step <= end {
+            for u in 0..4 {
+                isa.prefetch(ahead.wrapping_add((i + u * step) * size_of::<T>()));
+                let v = x.load(isa, i + u * step);
+                let (p, q) = at.parts(v);
+                if STORE {
+                    dst.store(isa, i + u * step, p * q);
+                }
+                // Unordered: a NaN is not the maximum and so reaches the sum.
+                let others = v.ne(top);
+                rest[u & own] = rest[u & own].fma_where(others, p, q);
+                below += others.count();
+            }
+            i += 4 * step;
+        }
+        while i + step <= end {
+            isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
+            let v = x.load(isa, i);
+            let (p, q) = at.parts(v);
+            if STORE {
+                dst.store(isa, i, p * q);
+            }
+            let others = v.ne(top);
+            rest[1] = rest[1].fma_where(others, p, q);
+            below += others.count();
+            i += step;
+        }
+        if i < end {
+            let n = end - i;
+            isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
+            let v = x.load_partial(isa, i, n, T::NEG_INF);
+            let (p, q) = at.parts(v);
+            if STORE {
+                dst.store_partial(isa, i, n, p * q);
+            }
+            let others = v.ne(top);
+            rest[0] = rest[0].fma_where(others, p, q);
+            below += others.count() - (step - n);
+            i = end;
+        }
+        let [a, b, c, d] = rest;
+        T::add(isa, &mut wide, (a + b) + (c + d));
+    }
+    (T::total(wide).value(), x.len() - below)
+}
