@@ -1,14 +1,14 @@
 //! The plain case of few classes: one index target per row and nothing that weighs it.
 //!
-//! Everything of a row stays in the type of the logits and in one lane, so that 16 rows cost one logarithm and two divisions. The formulas are
-//! those of [`super::finish`], which has them for everything else.
+//! A row stays in one lane and, but for its sum and the exponential of its maximum, in the type of the logits, so that 16 rows cost one logarithm and
+//! one division. The formulas are those of [`super::finish`], which has them for everything else.
 
 use crate::array::{ColumnsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 
 use super::finish::WIDTH;
 use super::math::{Anchored, Exp, Real, log1p_inverse};
-use super::state::{Summand, splat};
+use super::state::{Summand, Wide, splat};
 
 /// A tile of logits, as a kernel; see [`super::columns`] for what a tile is. The result says whether rows were left to [`super::finish`]: those
 /// whose maximum is not finite or off the grid of the integer reduction, and those with a NaN. Their losses are NaN.
@@ -66,7 +66,8 @@ impl<T: Summand> Kernel for Few<'_, T> {
 
 /// What is gathered of the classes of a row in each lane.
 struct Lane<V> {
-    rest: V,
+    /// Few enough additions to each.
+    rest: [V; 4],
     ties: V,
     logit: V,
     /// The number of the next class.
@@ -76,7 +77,7 @@ struct Lane<V> {
 impl<V: Vector> Lane<V> {
     /// Adds a class; with STORE its exponential takes its place.
     #[inline(always)]
-    fn add<S: Isa, T: Real<V<S> = V>, const STORE: bool>(
+    fn add<S: Isa, T: Real<V<S> = V>, const STORE: bool, const U: usize>(
         &mut self,
         isa: S,
         at: &Anchored<V>,
@@ -94,18 +95,46 @@ impl<V: Vector> Lane<V> {
             tile.store_whole(isa, c, j, p * q);
         }
         // Unordered: a NaN is not the maximum and so reaches the sum.
-        self.rest = self.rest.fma_where(v.ne(max), p, q);
+        self.rest[U] = self.rest[U].fma_where(v.ne(max), p, q);
         self.ties = self.ties.add_where(v.eq(max), one);
         self.logit = V::select(class.eq(self.number), v, self.logit);
         self.number = self.number + one;
     }
 }
 
+/// The sum relative to one maximum, without it, and 1/e(max): in float64, as their errors are those of every digit of a confident row.
+#[inline(always)]
+fn relative<S: Isa, T: Summand>(
+    isa: S,
+    exp: &Exp<S::F64>,
+    max: Vf<S, T>,
+    k: Vf<S, T>,
+    ties: Vf<S, T>,
+    rest: [Vf<S, T>; 4],
+) -> (Vf<S, T>, Vf<S, T>) {
+    let mut sum = Wide::zero(isa);
+    T::add(isa, &mut sum, rest[0] + rest[1]);
+    T::add(isa, &mut sum, rest[2] + rest[3]);
+    let [mut max_of, mut k_of, mut ties_of, mut rest_of] = [[0.0_f64; 16]; 4];
+    T::store_wide(isa, max, SpanMut::of(&mut max_of), 0);
+    T::store_wide(isa, k, SpanMut::of(&mut k_of), 0);
+    T::store_wide(isa, ties, SpanMut::of(&mut ties_of), 0);
+    T::store_columns(isa, sum, SpanMut::of(&mut rest_of), 0);
+    let one = splat::<S, f64>(isa, 1.0);
+    for r in (0..Vf::<S, T>::LANES).step_by(S::F64::LANES) {
+        let over = exp.exp2(-Span::of(&max_of).load(isa, r), -Span::of(&k_of).load(isa, r));
+        let others = (Span::of(&ties_of).load(isa, r) - one) + Span::of(&rest_of).load(isa, r) * over;
+        SpanMut::of(&mut max_of).store(isa, r, over);
+        SpanMut::of(&mut rest_of).store(isa, r, others);
+    }
+    (T::load_wide(isa, Span::of(&rest_of), 0), T::load_wide(isa, Span::of(&max_of), 0))
+}
+
 /// Losses and coefficients; with STORE the exponentials replace the logits.
 #[inline(always)]
 fn reduce<S: Isa, T: Summand, const STORE: bool>(isa: S, tile: ColumnsMut<T>, job: &mut Few<T>, slopes: &mut Slopes<T>) -> bool {
     let (x, classes) = (tile.read(), tile.read().classes());
-    let exp = Exp::<Vf<S, T>>::new(isa, job.scale);
+    let (exp, wide) = (Exp::<Vf<S, T>>::new(isa, job.scale), Exp::<S::F64>::new(isa, job.scale));
     let (zero, one, lowest) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), Vf::<S, T>::splat(isa, T::NEG_INF));
     let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / job.scale);
     let (scale, g) = (splat::<S, T>(isa, job.scale), splat::<S, T>(isa, job.g.unwrap_or(0.0) * job.scale));
@@ -125,29 +154,37 @@ fn reduce<S: Isa, T: Summand, const STORE: bool>(isa: S, tile: ColumnsMut<T>, jo
         }
         let max = other.max(max);
         let near = max.abs().le(limit);
-        let at = exp.anchor(exp.reference(Vf::<S, T>::select(near, max, zero)));
-        let mut row = Lane { rest: zero, ties: zero, logit: zero, number: zero };
+        let origin = Vf::<S, T>::select(near, max, zero);
+        let k = exp.reference(origin);
+        let at = exp.anchor(k);
+        let mut row = Lane { rest: [zero; 4], ties: zero, logit: zero, number: zero };
         let mut c = 0;
-        while c + 2 <= classes {
-            row.add::<S, T, STORE>(isa, &at, (max, class), tile, c, j);
-            row.add::<S, T, STORE>(isa, &at, (max, class), tile, c + 1, j);
-            c += 2;
+        while c + 4 <= classes {
+            row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
+            row.add::<S, T, STORE, 1>(isa, &at, (max, class), tile, c + 1, j);
+            row.add::<S, T, STORE, 2>(isa, &at, (max, class), tile, c + 2, j);
+            row.add::<S, T, STORE, 3>(isa, &at, (max, class), tile, c + 3, j);
+            c += 4;
         }
         if c < classes {
-            row.add::<S, T, STORE>(isa, &at, (max, class), tile, c, j);
+            row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
+        }
+        if c + 1 < classes {
+            row.add::<S, T, STORE, 1>(isa, &at, (max, class), tile, c + 1, j);
+        }
+        if c + 2 < classes {
+            row.add::<S, T, STORE, 2>(isa, &at, (max, class), tile, c + 2, j);
         }
         let Lane { rest, ties, logit, .. } = row;
-        let (p, q) = at.parts(max);
-        let top = p * q;
-        let others = (ties - one) + rest / top;
+        let (others, over) = relative::<S, T>(isa, &wide, origin, k, ties, rest);
         let (log_sum, p_max) = log1p_inverse(isa, others);
-        let good = near.and(rest.eq(rest));
+        let good = near.and(others.eq(others));
         let bad = splat::<S, T>(isa, f64::NAN);
         let loss = Vf::<S, T>::select(good, (max - logit) * scale + log_sum, bad);
         T::store_wide(isa, loss, SpanMut::of(job.loss), j);
         left |= good.count() < Vf::<S, T>::LANES;
         if STORE {
-            let inverse = p_max / top;
+            let inverse = p_max * over;
             let (p, q) = at.parts(logit);
             // As in `finish`: where the maximum has less than half the mass nothing cancels.
             let sure = zero - others * p_max;

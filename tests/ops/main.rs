@@ -930,6 +930,39 @@ fn simple(exec: &Exec, dtype: DType, shape: &[usize], axis: usize, x: &[f64], y:
     (rows.values(), gradient.values())
 }
 
+/// Thousands of rows of few classes, most of them confident: every rounding on the way to a small loss is one of its own digits.
+#[test]
+fn small_losses_of_few_classes_keep_their_digits() {
+    for level in levels() {
+        let exec = Exec { level, threads: 1 };
+        let mut random = Random(77);
+        for classes in [2usize, 3, 5, 10, 16, 21, 32, 33, 64] {
+            let rows = 2000;
+            let mut values: Vec<f64> = (0..rows * classes).map(|_| f64::from((random.uniform() * 6.0) as f32)).collect();
+            let labels: Vec<i128> = (0..rows).map(|r| (r % classes) as i128).collect();
+            for (row, &label) in values.chunks_exact_mut(classes).zip(&labels) {
+                row[label as usize] = f64::from((6.0 + random.uniform() * 20.0) as f32);
+            }
+            let strided: Vec<f64> = (0..rows * classes).map(|i| values[i % rows * classes + i / rows]).collect();
+            for (axis, shape, x) in [(1, [rows, classes], &values), (0, [classes, rows], &strided)] {
+                let (losses, gradient) = simple(&exec, DType::F32, &shape, axis, x, &labels, &LossOptions::default());
+                for (r, row) in values.chunks_exact(classes).enumerate() {
+                    let (exact, label) = (Row::new(row), labels[r] as usize);
+                    let mut mass = vec![0.0; classes];
+                    mass[label] = 1.0;
+                    let context = || format!("row {r} of {classes} classes, axis {axis}, {level:?}");
+                    close(DType::F32, 4.0, losses[r], exact.loss(&mass), 0.0, &|| format!("loss of {}", context()));
+                    for c in 0..classes {
+                        let (expected, size) = exact.gradient(&mass, c);
+                        let at = if axis == 1 { r * classes + c } else { c * rows + r };
+                        close(DType::F32, 8.0, gradient[at], expected, size, &|| format!("gradient {c} of {}", context()));
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn special_rows_of_losses() {
     const INF: f64 = f64::INFINITY;
