@@ -64,9 +64,11 @@ impl<T: Summand> Kernel for Few<'_, T> {
     }
 }
 
+/// Classes that are summed in the type of the logits: few enough additions to each of four accumulators.
+const TOGETHER: usize = 16;
+
 /// What is gathered of the classes of a row in each lane.
 struct Lane<V> {
-    /// Few enough additions to each.
     rest: [V; 4],
     ties: V,
     logit: V,
@@ -110,11 +112,8 @@ fn relative<S: Isa, T: Summand>(
     max: Vf<S, T>,
     k: Vf<S, T>,
     ties: Vf<S, T>,
-    rest: [Vf<S, T>; 4],
+    sum: Wide<S>,
 ) -> (Vf<S, T>, Vf<S, T>) {
-    let mut sum = Wide::zero(isa);
-    T::add(isa, &mut sum, rest[0] + rest[1]);
-    T::add(isa, &mut sum, rest[2] + rest[3]);
     let [mut max_of, mut k_of, mut ties_of, mut rest_of] = [[0.0_f64; 16]; 4];
     T::store_wide(isa, max, SpanMut::of(&mut max_of), 0);
     T::store_wide(isa, k, SpanMut::of(&mut k_of), 0);
@@ -158,25 +157,27 @@ fn reduce<S: Isa, T: Summand, const STORE: bool>(isa: S, tile: ColumnsMut<T>, jo
         let k = exp.reference(origin);
         let at = exp.anchor(k);
         let mut row = Lane { rest: [zero; 4], ties: zero, logit: zero, number: zero };
+        let mut sum = Wide::zero(isa);
         let mut c = 0;
-        while c + 4 <= classes {
-            row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
-            row.add::<S, T, STORE, 1>(isa, &at, (max, class), tile, c + 1, j);
-            row.add::<S, T, STORE, 2>(isa, &at, (max, class), tile, c + 2, j);
-            row.add::<S, T, STORE, 3>(isa, &at, (max, class), tile, c + 3, j);
-            c += 4;
+        while c < classes {
+            let end = classes.min(c + TOGETHER);
+            while c + 4 <= end {
+                row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
+                row.add::<S, T, STORE, 1>(isa, &at, (max, class), tile, c + 1, j);
+                row.add::<S, T, STORE, 2>(isa, &at, (max, class), tile, c + 2, j);
+                row.add::<S, T, STORE, 3>(isa, &at, (max, class), tile, c + 3, j);
+                c += 4;
+            }
+            while c < end {
+                row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
+                c += 1;
+            }
+            let [r0, r1, r2, r3] = core::mem::replace(&mut row.rest, [zero; 4]);
+            T::add(isa, &mut sum, r0 + r1);
+            T::add(isa, &mut sum, r2 + r3);
         }
-        if c < classes {
-            row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
-        }
-        if c + 1 < classes {
-            row.add::<S, T, STORE, 1>(isa, &at, (max, class), tile, c + 1, j);
-        }
-        if c + 2 < classes {
-            row.add::<S, T, STORE, 2>(isa, &at, (max, class), tile, c + 2, j);
-        }
-        let Lane { rest, ties, logit, .. } = row;
-        let (others, over) = relative::<S, T>(isa, &wide, origin, k, ties, rest);
+        let Lane { ties, logit, .. } = row;
+        let (others, over) = relative::<S, T>(isa, &wide, origin, k, ties, sum);
         let (log_sum, p_max) = log1p_inverse(isa, others);
         let good = near.and(others.eq(others));
         let bad = splat::<S, T>(isa, f64::NAN);
