@@ -107,19 +107,24 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         } else {
             self.d
         };
-        self.shift(constants, d, ties, start, fresh);
-        let before = *self;
-        let mut again = guess;
-        while self.sum(constants, x, next) {
+        let (mut d, mut fresh, mut again) = (d, fresh, guess);
+        let before = loop {
+            self.shift(constants, d, ties, start, fresh);
+            let before = *self;
+            if !self.sum(constants, x, next) {
+                break before;
+            }
             // A guess that turns out to be far off is made good once.
-            let d = if again { self.centre(constants, [self.p.ties, self.q.ties]) } else { self.d };
-            if !again || d == self.d || !d.value().is_finite() {
+            if !again {
+                return;
+            }
+            let better = self.centre(constants, [self.p.ties, self.q.ties]);
+            if better == self.d || !better.value().is_finite() {
                 return;
             }
             *self = before;
-            self.shift(constants, d, ties, start, false);
-            again = false;
-        }
+            (d, fresh, again) = (better, false, false);
+        };
         *self = before;
         self.careful(constants, x);
     }
@@ -450,7 +455,7 @@ const HARMONIC: [f64; 28] = {
 };
 
 /// e^x − 1 − x.
-#[inline(always)]
+#[inline(never)]
 fn less_linear(x: f64) -> f64 {
     if x.abs() > 1.0 {
         return exp_f64(Scalar, x, 0.0) - 1.0 - x;
@@ -460,13 +465,13 @@ fn less_linear(x: f64) -> f64 {
 }
 
 /// w − log(1 + w) for |w| <= 1/4: w²·Σ (−w)^n/(n + 2); (1/4)^26 is 2^-52 of the first term.
-#[inline(always)]
+#[inline(never)]
 fn excess(w: f64) -> f64 {
     HARMONIC[2..].iter().rev().fold(0.0, |sum: f64, &c| c - sum * w) * w * w
 }
 
 /// The logarithm of a number that is not negative.
-#[inline(always)]
+#[inline(never)]
 fn ln(x: f64) -> f64 {
-    if x >= 1.0 { ln_1p(x - 1.0) } else { -ln_1p((1.0 - x) / x) }
+    if x >= 1.0 { ln_1p(Scalar, x - 1.0) } else { -ln_1p(Scalar, (1.0 - x) / x) }
 }

@@ -28,7 +28,7 @@
 #![allow(clippy::approx_constant)]
 
 use crate::array::{DType, Element, Float};
-use crate::simd::Vector;
+use crate::simd::{Isa, Level, Vector};
 
 /// The part of 1/ln 2 = log2 e that a float64 holds, and the rest. `tools/minimax.py`.
 const LOG2_E: [f64; 2] = [1.442_695_040_888_963_4, 2.035_527_374_093_103_3e-17];
@@ -195,6 +195,13 @@ impl Real for f64 {
     ];
 }
 
+/// Whether a function is better called than made part of its callers: the portable level calls the C library for every fused multiply-add, so that
+/// one more call costs nothing, and hundreds of copies would be a tenth of the library. (The vectors of the other levels must be inlined.)
+#[inline(always)]
+fn apart<V: Vector>() -> bool {
+    <V::Isa as Isa>::LEVEL == Level::Scalar
+}
+
 /// `c0 + c1·x + …` by Horner's rule: fewest operations; the kernels keep enough vectors in flight to hide its latency.
 #[inline(always)]
 pub(super) fn polynomial<V: Vector>(isa: V::Isa, c: &'static [V::Elem], x: V) -> V {
@@ -254,6 +261,16 @@ where
     /// overflow: round(x·scale·log2 e) − k must not exceed 127 or 1023.
     #[inline(always)]
     pub fn exp2(self, x: V, k: V) -> V {
+        if apart::<V>() { self.exp2_apart(x, k) } else { self.exp2_here(x, k) }
+    }
+
+    #[inline(never)]
+    fn exp2_apart(self, x: V, k: V) -> V {
+        self.exp2_here(x, k)
+    }
+
+    #[inline(always)]
+    fn exp2_here(self, x: V, k: V) -> V {
         let n = self.round(x);
         let r = x.mul_add(self.hi, -n);
         let r = x.mul_add(self.lo, r);
@@ -325,6 +342,16 @@ where
     /// x at or below `floor`, which is where the result leaves the normal numbers (to within half a step), give exactly 0.
     #[inline(always)]
     pub fn parts(self, x: V) -> (V, V) {
+        if apart::<V>() { self.parts_apart(x) } else { self.parts_here(x) }
+    }
+
+    #[inline(never)]
+    fn parts_apart(self, x: V) -> (V, V) {
+        self.parts_here(x)
+    }
+
+    #[inline(always)]
+    fn parts_here(self, x: V) -> (V, V) {
         // In this order NaN passes.
         let x = self.floor.max(x);
         let t = x.mul_add(self.hi, self.magic);
@@ -421,6 +448,16 @@ where
     /// The logarithm, given s = f/(2 + f) and 1/u.
     #[inline(always)]
     fn log(self, isa: V::Isa, r: V, s: V, inverse: V) -> V {
+        if apart::<V>() { self.log_apart(isa, r, s, inverse) } else { self.log_here(isa, r, s, inverse) }
+    }
+
+    #[inline(never)]
+    fn log_apart(self, isa: V::Isa, r: V, s: V, inverse: V) -> V {
+        self.log_here(isa, r, s, inverse)
+    }
+
+    #[inline(always)]
+    fn log_here(self, isa: V::Isa, r: V, s: V, inverse: V) -> V {
         let z = s * s;
         let tail = s * (self.f - z * polynomial(isa, V::Elem::LOG, z));
         let [ln2, ln2_rest] = V::Elem::LN2;
@@ -445,6 +482,22 @@ where
 /// With u = exp(−2|x|): `tanh|x| = (1 − u)/(1 + u)` and `1 − tanh² = 4u/(1 + u)²`. 1 − u and 1 + u are carried in two parts.
 #[inline(always)]
 pub fn tanh_sech2<V: Vector>(isa: V::Isa, x: V) -> (V, V)
+where
+    V::Elem: Real,
+{
+    if apart::<V>() { tanh_sech2_apart(isa, x) } else { tanh_sech2_here(isa, x) }
+}
+
+#[inline(never)]
+fn tanh_sech2_apart<V: Vector>(isa: V::Isa, x: V) -> (V, V)
+where
+    V::Elem: Real,
+{
+    tanh_sech2_here(isa, x)
+}
+
+#[inline(always)]
+fn tanh_sech2_here<V: Vector>(isa: V::Isa, x: V) -> (V, V)
 where
     V::Elem: Real,
 {

@@ -180,8 +180,8 @@ pub struct Total {
 impl Total {
     /// log Σ exp(x − max).
     #[inline(always)]
-    pub fn log_sum(&self) -> f64 {
-        ln_1p(self.others)
+    pub fn log_sum<S: Isa>(&self, isa: S) -> f64 {
+        ln_1p(isa, self.others)
     }
 
     /// log Σ exp(x), also of rows without a softmax.
@@ -203,8 +203,8 @@ impl Total {
 
 /// `log(1 + r)` for r >= 0.
 #[inline(always)]
-pub(super) fn ln_1p(r: f64) -> f64 {
-    lanes::<Scalar, f64>(log1p(Scalar, <f64 as Float>::V::<Scalar>::splat(Scalar, r)))[0]
+pub(super) fn ln_1p<S: Isa>(isa: S, r: f64) -> f64 {
+    lanes::<S, f64>(log1p(isa, S::F64::splat(isa, r)))[0]
 }
 
 /// A row of logits as they are (scale 1) and, with SPREAD, Σ p·(max − x).

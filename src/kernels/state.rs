@@ -4,7 +4,7 @@
 //! integer power of two, so that moving it is exact; b is the maximum itself where |x| leaves the grid of the integer reduction.
 
 use crate::array::{Float, Span, SpanMut, Vf, lanes};
-use crate::simd::{Isa, Scalar, Vector};
+use crate::simd::{Isa, Level, Scalar, Vector};
 
 use super::math::{Exp, Real};
 
@@ -61,6 +61,17 @@ fn scalar<T: Real>(v: Vf<Scalar, T>) -> f64 {
 /// `exp(x)·2^−k` in float64, 0 where it is tiny.
 #[inline(always)]
 pub fn exp_f64<S: Isa>(isa: S, x: f64, k: f64) -> f64 {
+    // Portable it is as well called as inlined.
+    if S::LEVEL == Level::Scalar { exp_f64_apart(isa, x, k) } else { exp_f64_here(isa, x, k) }
+}
+
+#[inline(never)]
+fn exp_f64_apart<S: Isa>(isa: S, x: f64, k: f64) -> f64 {
+    exp_f64_here(isa, x, k)
+}
+
+#[inline(always)]
+fn exp_f64_here<S: Isa>(isa: S, x: f64, k: f64) -> f64 {
     let exp = Exp::<S::F64>::new(isa, 1.0);
     let low = -1100.0 + k.min(0.0);
     if x.is_nan() {

@@ -203,11 +203,11 @@ fn work<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut feeds
                 let (p, _) = feeds[P].block(&job.x[P], row, slot, start, len);
                 let (q, _) = feeds[Q].block(&job.x[Q], row, slot, start, len);
                 let (base, g) = (job.layout.rows.offset(OUT, row + slot), job.factor(row + slot));
-                if job.out_direct && out.array().dtype() == T::DTYPE {
-                    slope.emit(&constants, [p, q], g, out.span::<T>(base, classes).part(start, len));
-                } else {
-                    let block = &mut room(buffer, BLOCK)[..len];
-                    slope.emit(&constants, [p, q], g, SpanMut::of(&mut *block));
+                let direct = job.out_direct && out.array().dtype() == T::DTYPE;
+                let block = &mut room(buffer, BLOCK)[..len];
+                let dst = if direct { out.span::<T>(base, classes).part(start, len) } else { SpanMut::of(&mut *block) };
+                slope.emit(&constants, [p, q], g, dst);
+                if !direct {
                     let step = job.layout.classes.inner_stride(OUT);
                     out.write(base + start as isize * step, step, len, block, 1);
                 }

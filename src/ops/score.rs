@@ -181,7 +181,7 @@ fn score<S: Isa, T: Work, const SPREAD: bool>(isa: S, job: &Job, first: usize, l
                 job.ignore(row + slot);
             } else {
                 let total = scans[slot].total();
-                let log_sum = total.log_sum();
+                let log_sum = total.log_sum(isa);
                 let entropy = if SPREAD { scans[slot].entropy(&total, log_sum) } else { 0.0 };
                 job.put(row + slot, logit[slot].to_f64(), &total, log_sum, entropy, rank[slot]);
             }

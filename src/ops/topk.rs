@@ -109,7 +109,7 @@ fn search<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut fee
         }
         for slot in 0..n {
             let total = scans[slot].total();
-            let log_sum = total.log_sum();
+            let log_sum = total.log_sum(isa);
             let found = best[slot].finish();
             let bases = [job.layout.rows.offset(1, row + slot), job.layout.rows.offset(2, row + slot)];
             let put = |i: usize, class: usize, logprob: f64| {
