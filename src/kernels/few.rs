@@ -1,13 +1,13 @@
 //! The plain case of few classes: one index target per row and nothing that weighs it.
 //!
 //! A row stays in one lane and, but for its sum and the exponential of its maximum, in the type of the logits, so that 16 rows cost one logarithm and
-//! one division. The formulas are those of [`super::finish`], which has them for everything else.
+//! one division. What it is made of comes from [`super::finish`], which has it for everything else.
 
 use crate::array::{ColumnsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 
-use super::finish::WIDTH;
-use super::math::{Anchored, Exp, Real, log1p_inverse};
+use super::finish::{Odds, WIDTH, others};
+use super::math::{Anchored, Exp, Real};
 use super::state::{Summand, Wide, splat};
 
 /// A tile of logits, as a kernel; see [`super::columns`] for what a tile is. The result says whether rows were left to [`super::finish`]: those
@@ -119,10 +119,9 @@ fn relative<S: Isa, T: Summand>(
     T::store_wide(isa, k, SpanMut::of(&mut k_of), 0);
     T::store_wide(isa, ties, SpanMut::of(&mut ties_of), 0);
     T::store_columns(isa, sum, SpanMut::of(&mut rest_of), 0);
-    let one = splat::<S, f64>(isa, 1.0);
     for r in (0..Vf::<S, T>::LANES).step_by(S::F64::LANES) {
         let over = exp.exp2(-Span::of(&max_of).load(isa, r), -Span::of(&k_of).load(isa, r));
-        let others = (Span::of(&ties_of).load(isa, r) - one) + Span::of(&rest_of).load(isa, r) * over;
+        let others = others(isa, Span::of(&ties_of).load(isa, r), Span::of(&rest_of).load(isa, r), over);
         SpanMut::of(&mut max_of).store(isa, r, over);
         SpanMut::of(&mut rest_of).store(isa, r, others);
     }
@@ -178,19 +177,17 @@ fn reduce<S: Isa, T: Summand, const STORE: bool>(isa: S, tile: ColumnsMut<T>, jo
         }
         let Lane { ties, logit, .. } = row;
         let (others, over) = relative::<S, T>(isa, &wide, origin, k, ties, sum);
-        let (log_sum, p_max) = log1p_inverse(isa, others);
+        let odds = Odds::of(isa, others);
         let good = near.and(others.eq(others));
         let bad = splat::<S, T>(isa, f64::NAN);
-        let loss = Vf::<S, T>::select(good, (max - logit) * scale + log_sum, bad);
+        let loss = Vf::<S, T>::select(good, odds.loss((max - logit) * scale, one), bad);
         T::store_wide(isa, loss, SpanMut::of(job.loss), j);
         left |= good.count() < Vf::<S, T>::LANES;
         if STORE {
-            let inverse = p_max * over;
+            let inverse = odds.p_max * over;
             let (p, q) = at.parts(logit);
-            // As in `finish`: where the maximum has less than half the mass nothing cancels.
-            let sure = zero - others * p_max;
-            let lone = logit.eq(max).and(others.lt(one));
-            let patch = Vf::<S, T>::select(lone, sure, (p * q) * inverse - one);
+            let lone = logit.eq(max).and(ties.eq(one));
+            let patch = Vf::<S, T>::select(lone, odds.at_max(isa, one, (zero, one), None), (p * q) * inverse - one);
             SpanMut::of(&mut slopes.a).store(isa, j, g * inverse);
             SpanMut::of(&mut slopes.patch).store(isa, j, g * patch);
         }

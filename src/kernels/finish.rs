@@ -4,10 +4,10 @@
 //! log S = log1p(R), lse = m + log S, `loss = Σ T·(m − x) + A·log S (+ ζ·lse²)`, and the gradient of class c is
 //! `g·((A + 2ζ·lse)·p_c − T_c)`. At a lone maximum p = 1 − R/s would cancel against T, so it is `g·(Σ_{c≠k} T_c − A·R/s + 2ζ·lse/s)` there.
 
-use crate::array::{Span, SpanMut};
+use crate::array::{Float, Span, SpanMut};
 use crate::simd::{Isa, Mask, Vector};
 
-use super::math::{Exp, log1p_inverse};
+use super::math::{Exp, Real, log1p_inverse};
 use super::state::splat;
 
 /// Most rows in a tile.
@@ -118,6 +118,55 @@ pub struct Terms {
     pub loss: bool,
 }
 
+/// R, the sum without one maximum, relative to it; `over_max` is 1/e(max).
+#[inline(always)]
+pub(super) fn others<V: Vector>(isa: V::Isa, ties: V, rest: V, over_max: V) -> V
+where
+    V::Elem: Real,
+{
+    (ties - V::splat(isa, V::Elem::ONE)) + rest * over_max
+}
+
+/// What losses and gradients are made of, one row per lane.
+#[derive(Clone, Copy)]
+pub(super) struct Odds<V> {
+    others: V,
+    /// log S = log(1 + R).
+    pub(super) log_sum: V,
+    /// 1/S: the probability of a maximum.
+    pub(super) p_max: V,
+}
+
+impl<V: Vector> Odds<V>
+where
+    V::Elem: Real,
+{
+    #[inline(always)]
+    pub(super) fn of(isa: V::Isa, others: V) -> Self {
+        let (log_sum, p_max) = log1p_inverse(isa, others);
+        Self { others, log_sum, p_max }
+    }
+
+    /// Σ T·(m − x) + A·log S, given the first.
+    #[inline(always)]
+    pub(super) fn loss(self, distance: V, total: V) -> V {
+        distance + total * self.log_sum
+    }
+
+    /// The gradient at a lone maximum, with `total` mass, of it `t_rest` elsewhere and `t_top` there, and what the square of lse adds.
+    #[inline(always)]
+    pub(super) fn at_max(self, isa: V::Isa, total: V, (t_rest, t_top): (V, V), extra: Option<V>) -> V {
+        let one = V::splat(isa, V::Elem::ONE);
+        // Where the maximum has less than half the mass nothing cancels, and the sum of the others is the longer way.
+        let sure = t_rest - total * (self.others * self.p_max);
+        let (sure, pull) = match extra {
+            Some(extra) => (sure + extra * self.p_max, total + extra),
+            None => (sure, total),
+        };
+        V::select(self.others.lt(one), sure, pull * self.p_max - t_top)
+    }
+}
+
 /// Fills the coefficients of the rows from `first` up to `end`; those of a few rows after them are overwritten.
 #[inline(always)]
 pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end: usize) {
@@ -134,7 +183,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         // 1/e(max) as an exponential of its own: it saves two divisions.
         let over_max = exp.exp2(b - origin, -Span::of(&tile.k).load(isa, r));
         SpanMut::of(&mut tile.a).store(isa, r, over_max);
-        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + Span::of(&tile.rest).load(isa, r) * over_max);
+        SpanMut::of(&mut tile.lse).store(isa, r, others(isa, ties, Span::of(&tile.rest).load(isa, r), over_max));
     }
     let mut r = first;
     while r < end {
@@ -143,17 +192,16 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         let k = Span::of(&tile.k).load(isa, r);
         let b = Span::of(&tile.b).load(isa, r);
         let rest = Span::of(&tile.rest).load(isa, r);
-        let (over_max, others) = (Span::of(&tile.a).load(isa, r), Span::of(&tile.lse).load(isa, r));
+        let (over_max, odds) = (Span::of(&tile.a).load(isa, r), Odds::of(isa, Span::of(&tile.lse).load(isa, r)));
         let finite = max.abs().lt(infinity);
         let origin = S::F64::select(finite, max, b);
         // A maximum of −inf or +inf makes the row NaN, and a NaN class came in through the rest.
         let valid = finite.and(rest.eq(rest));
-        let (log_sum, p_max) = log1p_inverse(isa, others);
         let bad = splat::<S, f64>(isa, f64::NAN);
-        let lse = S::F64::select(finite, origin * scale + log_sum, max);
+        let lse = S::F64::select(finite, origin * scale + odds.log_sum, max);
         let lse = S::F64::select(rest.eq(rest), lse, bad);
-        let log_sum = S::F64::select(valid, log_sum, bad);
-        let inverse = over_max * p_max;
+        let odds = Odds { log_sum: S::F64::select(valid, odds.log_sum, bad), ..odds };
+        let inverse = over_max * odds.p_max;
         if terms.loss {
             let (mut lin, mut t_rest, mut t_top) = (zero, zero, zero);
             if terms.dense {
@@ -175,7 +223,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
             }
             let total = t_rest + t_top;
             let z = splat::<S, f64>(isa, terms.z_loss);
-            let mut loss = lin * scale + total * log_sum;
+            let mut loss = odds.loss(lin * scale, total);
             let mut extra = zero;
             if terms.z_loss != 0.0 {
                 loss = loss + z * lse * lse;
@@ -199,10 +247,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
             if terms.dense {
                 SpanMut::of(&mut tile.slope).store(isa, r, g);
             }
-            // Where the maximum has less than half the mass nothing cancels, and the sum of the others is the longer way.
-            let sure = (t_rest - total * (others * p_max)) + extra * p_max;
-            let top = g * S::F64::select(others.lt(one), sure, pull * p_max - t_top);
-            let top = S::F64::select(valid, top, bad);
+            let top = S::F64::select(valid, g * odds.at_max(isa, total, (t_rest, t_top), Some(extra)), bad);
             if terms.dense {
                 SpanMut::of(&mut tile.top).store(isa, r, top);
             }
@@ -225,9 +270,9 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
             }
         } else {
             SpanMut::of(&mut tile.lse).store(isa, r, lse);
-            SpanMut::of(&mut tile.log_sum).store(isa, r, log_sum);
+            SpanMut::of(&mut tile.log_sum).store(isa, r, odds.log_sum);
             // A class that has all of it is rounded up, so that the cap of the results makes it exactly 1.
-            let sure = others.lt(splat::<S, f64>(isa, terms.ulp * 0.25));
+            let sure = odds.others.lt(splat::<S, f64>(isa, terms.ulp * 0.25));
             let inverse = S::F64::select(sure, inverse * splat::<S, f64>(isa, 1.0 + 2.0 * terms.ulp), inverse);
             SpanMut::of(&mut tile.a).store(isa, r, S::F64::select(valid, inverse, bad));
         }
