@@ -90,6 +90,26 @@ def test_index_targets(dtype, classes, shift):
             np.testing.assert_array_equal(ce.cross_entropy(x, y, reduction="none"), loss)
 
 
+@pytest.mark.parametrize("axis", [-1, 0], ids=["rows", "columns"])
+@pytest.mark.parametrize("classes", [64, 300, 1000, 4000])
+def test_equal_classes_below_the_maximum(dtype, classes, axis):
+    """Equal terms round the same way each time they are added: the hardest sums there are, and what blank or clipped classes look like."""
+    rng = np.random.default_rng(classes)
+    x = np.zeros((400, classes))
+    x[:, 1:] = -np.linspace(0.01, 30, len(x))[:, None] - rng.random((len(x), 1))
+    x = cast(x, dtype)
+    y = np.zeros(len(x), int)
+    row = exact(x)
+    size = np.maximum(np.abs(row.m), np.abs(row.logsumexp.hi))
+    laid = np.ascontiguousarray(np.moveaxis(x, -1, axis))
+    for level in each_level():
+        assert_ulps(ce.cross_entropy(laid, y, axis=axis, reduction="none"), exact_loss(row, target_mass(x, y)), dtype, LOSS, what=f"{level} loss")
+        assert_ulps(ce.logsumexp(laid, axis=axis), row.logsumexp, dtype, LOSS, scale=size, what=f"{level} logsumexp")
+        assert_ulps(ce.score_tokens(laid, y, axis=axis).logsumexp, row.logsumexp, dtype, LOSS, scale=size, what=f"{level} score")
+        got = np.moveaxis(ce.softmax(laid, axis=axis), axis, -1)
+        assert_ulps(got, row.probs, dtype, ENTRY, what=f"{level} softmax")
+
+
 @cases
 @pytest.mark.parametrize("shift", SHIFTS[:2])
 @pytest.mark.parametrize("kind", ["smoothed", "weighted", "probs", "weighted probs"])

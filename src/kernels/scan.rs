@@ -293,7 +293,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
     }
 }
 
-/// Few enough additions in a row for float32: a whole block on wide vectors, less of it on narrow ones.
+/// Classes that are summed in one go: eight additions to an accumulator, a whole block on wide vectors.
 #[inline(always)]
 pub(super) fn stretch<S: Isa, T: Float>() -> usize {
     let step = Vf::<S, T>::LANES;

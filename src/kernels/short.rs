@@ -5,7 +5,7 @@ use crate::simd::{Isa, Kernel, Mask, Vector};
 
 use super::finish::Tile;
 use super::math::{Anchored, Exp};
-use super::rows::{Ahead, stretch};
+use super::rows::{Ahead, chain};
 use super::state::{Summand, Wide, splat};
 
 /// Rows of one block each, without a dense stream, as a kernel: their states go to the tile, from its first row on.
@@ -114,7 +114,7 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool>(
     let mut below = 0;
     let mut i = 0;
     while i < x.len() {
-        let end = x.len().min(i + stretch::<S, T>());
+        let end = x.len().min(i + chain::<S, T>());
         let mut rest = [splat::<S, T>(isa, 0.0); 4];
         while i + 4 * step <= end {
             for u in 0..4 {

@@ -65,6 +65,8 @@ pub fn exp_f64<S: Isa>(isa: S, x: f64, k: f64) -> f64 {
     if S::LEVEL == Level::Scalar { exp_f64_apart(isa, x, k) } else { exp_f64_here(isa, x, k) }
 }
 
+// Rare in the kernels of the other levels: cold keeps what a call clobbers out of their loops.
+#[cold]
 #[inline(never)]
 fn exp_f64_apart<S: Isa>(isa: S, x: f64, k: f64) -> f64 {
     exp_f64_here(isa, x, k)
