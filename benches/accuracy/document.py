@@ -18,10 +18,10 @@ WHO = "crossent"
 
 METHOD = """\
 Each cell is *worst / mean* in units in the last place (ULP) of the result's type at the exact value; for logsumexp at the larger of the
-magnitudes of the maximum and of the result. The cells of crossent hold over every instruction set of the machine. **Bold**: no other
-library's worst error is smaller by more than 1 %. ∞: not a finite number where there is one. Exact values below the smallest normal
-number of the type are left out, since results may be flushed to 0 there (float64: below 2⁻¹⁰¹⁰, where the exact values themselves lose
-digits).
+magnitudes of the maximum and of the result. The cells of crossent hold over every instruction set of the machine, with the classes last
+and with the classes first. **Bold**: no other library's worst error is smaller by more than 1 %. ∞: not a finite number where there is
+one. Exact values below the smallest normal number of the type are left out, since results may be flushed to 0 there (float64: below
+2⁻¹⁰¹⁰, where the exact values themselves lose digits).
 
 The exact values come from double-double arithmetic (about 106 bits) on differences of logits that are never rounded; {scheme}.
 
@@ -79,7 +79,7 @@ def number(value: float, digits: int = 2) -> str:
     if math.isinf(value):
         return "∞"
     if value >= 1e5:
-        return f"{value:.0e}".replace("e+0", "e")
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.{digits}f}"
 
 
@@ -187,7 +187,11 @@ def sums_table(found: list[Deviation]) -> str:
 def write(path: Path, heading: list[str], scheme: str, stats: Stats, columns: list[str], found: list[Deviation], broken: list[str]) -> None:
     losing = nearer(stats, columns)
     rows = ", ".join(f"{count} of {classes}" for classes, count in ROWS.items())
-    verdict = "Every bound holds." if not broken else "**Bounds that do not hold:**\n\n" + "\n".join(f"- {line}" for line in broken)
+    verdict = (
+        "Every bound holds."
+        if not broken
+        else "**Bounds that do not hold**, the worst of each case:\n\n" + "\n".join(f"- {line}" for line in broken)
+    )
     text = [
         "# Accuracy",
         "Written by `make accuracy`; do not edit. " + " ".join(heading),
@@ -200,7 +204,7 @@ def write(path: Path, heading: list[str], scheme: str, stats: Stats, columns: li
         "half a unit of float64 is 1.1e-16, of float32 6e-8.\n\n" + sums_table(found),
         "## The functions underneath\n\n"
         "Stated in `src/kernels/math.rs` and asserted by `tests/math.rs` on every instruction set, in ULP:\n\n" + functions(),
-        f"## Family by family\n\nRows per family and number of classes: {rows}.\n\n"
+        f"## Family by family\n\nRows per family and number of classes: {rows}; four times as many in *equal below*.\n\n"
         + table(["family", "rows"], ([name, what] for name, what in FAMILIES.items())),
         details(stats, columns),
     ]
