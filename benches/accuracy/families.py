@@ -13,7 +13,7 @@ Array: TypeAlias = NDArray[Any]
 
 DTYPES = (F64, F32, BF16, F16)
 # Rows of one family, by number of classes: many where a row is short.
-ROWS = {2: 2000, 3: 2000, 10: 1000, 1000: 100, 32000: 4, 128256: 2}
+ROWS = {2: 2000, 3: 2000, 10: 1000, 64: 500, 1000: 100, 32000: 4, 128256: 2}
 FAMILIES = {
     "N(0, 1)": "normal logits, any label",
     "N(0, 10)": "the same, ten times as far apart",
