@@ -57,6 +57,10 @@ bench: .venv-bench/.wheel .venv-bench/.torch ## measure against the peers and th
 bench-quick: .venv-bench/.wheel .venv-bench/.torch ## the same on a few shapes, printed only, in under two minutes
 	.venv-bench/bin/python benches/compare --quick $(ARGS)
 
+.PHONY: accuracy
+accuracy: .venv-bench/.wheel .venv-bench/.torch ## errors in ULP beside the peers, write docs/accuracy.md; fails where a bound does not hold
+	.venv-bench/bin/python benches/accuracy/main.py $(ARGS)
+
 .PHONY: bench-core
 bench-core: ## criterion on the Rust core: every level and shape (no Python)
 	$(CARGO) bench $(if $(ARGS),-- $(ARGS))
