@@ -91,11 +91,11 @@ def test_index_targets(dtype, classes, shift):
 
 
 @pytest.mark.parametrize("axis", [-1, 0], ids=["rows", "columns"])
-@pytest.mark.parametrize("classes", [64, 300, 1000, 4000])
+@pytest.mark.parametrize("classes", [64, 300, 1000])
 def test_equal_classes_below_the_maximum(dtype, classes, axis):
     """Equal terms round the same way each time they are added: the hardest sums there are, and what blank or clipped classes look like."""
     rng = np.random.default_rng(classes)
-    x = np.zeros((400, classes))
+    x = np.zeros((40000 // classes, classes))
     x[:, 1:] = -np.linspace(0.01, 30, len(x))[:, None] - rng.random((len(x), 1))
     x = cast(x, dtype)
     y = np.zeros(len(x), int)
