@@ -59,8 +59,9 @@ impl Tunables {
             stream_from: (32 << 20).max(4 * second * threads),
             stream_columns_from: 16 << 20,
             group_bytes: 64 << 10,
-            // Prototypes gained 15 % by each on one Intel machine (Granite Rapids); on one of AMD (Zen 4) they lost up to 10 %.
-            beside_from: if intel { 4096 } else { usize::MAX },
+            // Off: 1024×32000 takes 17 ms with it and 13 without on one of Intel (Emerald Rapids), and up to 10 % more on one of AMD (Zen 4).
+            beside_from: usize::MAX,
+            // Worth 5 to 10 % there, and as much of a loss on the other.
             recompute: usize::from(intel),
         }
     }
