@@ -103,7 +103,9 @@ def test_equal_classes_below_the_maximum(dtype, classes, axis):
     size = np.maximum(np.abs(row.m), np.abs(row.logsumexp.hi))
     laid = np.ascontiguousarray(np.moveaxis(x, -1, axis))
     for level in each_level():
-        assert_ulps(ce.cross_entropy(laid, y, axis=axis, reduction="none"), exact_loss(row, target_mass(x, y)), dtype, LOSS, what=f"{level} loss")
+        assert_ulps(
+            ce.cross_entropy(laid, y, axis=axis, reduction="none"), exact_loss(row, target_mass(x, y)), dtype, LOSS, what=f"{level} loss"
+        )
         assert_ulps(ce.logsumexp(laid, axis=axis), row.logsumexp, dtype, LOSS, scale=size, what=f"{level} logsumexp")
         assert_ulps(ce.score_tokens(laid, y, axis=axis).logsumexp, row.logsumexp, dtype, LOSS, scale=size, what=f"{level} score")
         got = np.moveaxis(ce.softmax(laid, axis=axis), axis, -1)
