@@ -86,6 +86,14 @@ check: .venv-check/.wheel ## formatting, lints, types, stubs, Rust tests
 	./.ci/stage "cargo test, all features" $(CARGO) test --locked --all-features
 	./.ci/stage "instruction counts" $(PYTHON) tools/count.py --check
 
+.PHONY: deny
+deny: ## licences, duplicates, sources and advisories of the dependencies (cargo-deny); without a network: ARGS="licenses bans sources"
+	$(CARGO) deny --locked check $(ARGS)
+
+.PHONY: test-neon
+test-neon: ## the Rust tests on NEON, emulated on other machines; one suite: ARGS="--test simd"
+	tools/test-neon.sh $(ARGS)
+
 .PHONY: format
 format: .venv-check/.ready ## rewrite the sources in the house format
 	$(CARGO) fmt
