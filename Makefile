@@ -91,8 +91,8 @@ deny: ## licences, duplicates, sources and advisories of the dependencies (cargo
 	$(CARGO) deny --locked check $(ARGS)
 
 .PHONY: test-neon
-test-neon: ## the Rust tests on NEON, emulated on other machines; one suite: ARGS="--test simd"
-	tools/test-neon.sh $(ARGS)
+test-neon: ## a Rust suite on NEON, emulated on other machines: the instruction set, or ARGS="--test math" and others
+	tools/test-neon.sh $(if $(ARGS),$(ARGS),--test simd)
 
 .PHONY: format
 format: .venv-check/.ready ## rewrite the sources in the house format
