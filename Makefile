@@ -47,7 +47,7 @@ test-levels: .venv-test/.wheel ## the Python tests once per instruction set of t
 
 .PHONY: test-paths
 test-paths: .venv-test/.wheel ## the Python tests with every size threshold at its smallest
-	CROSSENT_TUNE="stream_from=1,stream_columns_from=1,beside_from=1,recompute=1,threads_from=1" .venv-test/bin/pytest $(ARGS)
+	CROSSENT_TUNE="stream_from=1,stream_columns_from=1,recompute=1,threads_from=1" .venv-test/bin/pytest $(ARGS)
 
 .PHONY: bench
 bench: .venv-bench/.wheel .venv-bench/.torch ## measure against the peers and the memory, write docs/benchmarks.md and its plots
@@ -130,7 +130,7 @@ $(BUILD)/sources: FORCE
 # The file names the wheel of the last build; dist/ holds that one only.
 $(BUILD)/wheel: $(BUILD)/sources .venv-build/.ready
 	rm -rf dist
-	.venv-build/bin/maturin build --release --locked --out dist --interpreter .venv-build/bin/python
+	.venv-build/bin/maturin build --release --locked --compression-level 9 --out dist --interpreter .venv-build/bin/python
 	@ls dist/*.whl > $@
 
 # --- environments: .ready has the pinned requirements, .wheel has crossent on top ----------------------------------------------------

@@ -17,8 +17,6 @@ pub struct Tunables {
     pub stream_columns_from: usize,
     /// Rows are finished in groups that take at most this together, so that the second cache still holds them when they are written.
     pub group_bytes: usize,
-    /// Results past the caches, of at least so many classes: a row is written while the next one is read.
-    pub beside_from: usize,
     /// Whether exponentials of long rows are computed again for results that are written past the caches (1), or kept in the result by ordinary
     /// stores (0).
     pub recompute: usize,
@@ -26,13 +24,12 @@ pub struct Tunables {
 
 impl Tunables {
     /// Names and values, in the order of the table.
-    pub fn entries(&self) -> [(&'static str, usize); 6] {
+    pub fn entries(&self) -> [(&'static str, usize); 5] {
         [
             ("threads_from", self.threads_from),
             ("stream_from", self.stream_from),
             ("stream_columns_from", self.stream_columns_from),
             ("group_bytes", self.group_bytes),
-            ("beside_from", self.beside_from),
             ("recompute", self.recompute),
         ]
     }
@@ -43,7 +40,6 @@ impl Tunables {
             "stream_from" => &mut self.stream_from,
             "stream_columns_from" => &mut self.stream_columns_from,
             "group_bytes" => &mut self.group_bytes,
-            "beside_from" => &mut self.beside_from,
             "recompute" => &mut self.recompute,
             _ => return None,
         })
@@ -59,9 +55,7 @@ impl Tunables {
             stream_from: (32 << 20).max(4 * second * threads),
             stream_columns_from: 16 << 20,
             group_bytes: 64 << 10,
-            // Off: 1024×32000 takes 17 ms with it and 13 without on one of Intel (Emerald Rapids), and up to 10 % more on one of AMD (Zen 4).
-            beside_from: usize::MAX,
-            // Worth 5 to 10 % there, and as much of a loss on the other.
+            // Worth 5 to 10 % on one of Intel (Emerald Rapids), a loss of as much on one of AMD (Zen 4).
             recompute: usize::from(intel),
         }
     }
@@ -105,7 +99,7 @@ mod tests {
 
     #[test]
     fn the_environment_replaces_entries_and_nothing_else() {
-        let table = Tunables { threads_from: 1, stream_from: 2, stream_columns_from: 6, group_bytes: 3, recompute: 4, beside_from: 5 };
+        let table = Tunables { threads_from: 1, stream_from: 2, stream_columns_from: 6, group_bytes: 3, recompute: 4 };
         assert_eq!(table.with_environment("stream_from=7, group_bytes = 9"), Tunables { stream_from: 7, group_bytes: 9, ..table });
         assert_eq!(table.with_environment("stream_from=x,unknown=1,,="), table);
         let mut copy = table;

@@ -60,6 +60,15 @@ impl<'a, E: Element> Span<'a, E> {
         unsafe { Self::new(self.ptr.add(start), len) }
     }
 
+    /// Run `k` of `size` elements each; panics when it is not there. In a loop over all `len / size` of them the check is gone.
+    #[must_use]
+    #[inline(always)]
+    pub fn nth(self, k: usize, size: usize) -> Self {
+        assert!(k < self.len / size);
+        // SAFETY: (k + 1)·size is at most the length, checked above.
+        unsafe { Self::new(self.ptr.add(k * size), size) }
+    }
+
     /// Where element `i` is, or would be.
     #[inline(always)]
     pub fn address(self, i: usize) -> *const u8 {
@@ -119,6 +128,13 @@ impl<'a, E: Element> SpanMut<'a, E> {
     #[inline(always)]
     pub fn part(self, start: usize, len: usize) -> Self {
         Self(self.0.part(start, len))
+    }
+
+    /// As [`Span::nth`].
+    #[must_use]
+    #[inline(always)]
+    pub fn nth(self, k: usize, size: usize) -> Self {
+        Self(self.0.nth(k, size))
     }
 
     /// Sets element `i`.
@@ -203,6 +219,15 @@ impl Half<'_> {
         match self {
             Self::F16(span) => Self::F16(span.part(start, len)),
             Self::Bf16(span) => Self::Bf16(span.part(start, len)),
+        }
+    }
+    /// As [`Span::nth`].
+    #[must_use]
+    #[inline(always)]
+    pub fn nth(self, k: usize, size: usize) -> Self {
+        match self {
+            Self::F16(span) => Self::F16(span.nth(k, size)),
+            Self::Bf16(span) => Self::Bf16(span.nth(k, size)),
         }
     }
 }

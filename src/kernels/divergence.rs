@@ -230,7 +230,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         let mut overflow = false;
         let mut from = 0;
         while from < x[0].len() {
-            let n = stretch::<S, T>().min(x[0].len() - from);
+            let n = stretch::<S, T>(2).min(x[0].len() - from);
             let part = [x[0].part(from, n), x[1].part(from, n)];
             let after = ahead.map_or(part, |[p, q]| [p.part(from, n), q.part(from, n)]);
             let sums = pass(constants, [&self.p.at, &self.q.at], &shift, part, after);
@@ -366,15 +366,15 @@ fn pass<S: Isa, T: Real>(
         Sums { rest: [zero; 2], gap: zero, tilt: zero, next: [lowest; 2] },
     ];
     let [mut a, mut b] = one;
-    let len = x[0].len();
+    let (len, group) = (x[0].len(), 2 * step);
+    // Of one length, known to the compiler: no check is left in the loop.
     let (x, next) = (x.map(|x| x.part(0, len)), next.map(|x| x.part(0, len)));
-    let mut i = 0;
-    while i + 2 * step <= len {
-        add(constants, at, shift, [x[0].load(isa, i), x[1].load(isa, i)], [next[0].load(isa, i), next[1].load(isa, i)], &mut a);
-        let i1 = i + step;
-        add(constants, at, shift, [x[0].load(isa, i1), x[1].load(isa, i1)], [next[0].load(isa, i1), next[1].load(isa, i1)], &mut b);
-        i += 2 * step;
+    for k in 0..len / group {
+        let (x, next) = (x.map(|x| x.nth(k, group)), next.map(|x| x.nth(k, group)));
+        add(constants, at, shift, x.map(|x| x.load(isa, 0)), next.map(|x| x.load(isa, 0)), &mut a);
+        add(constants, at, shift, x.map(|x| x.load(isa, step)), next.map(|x| x.load(isa, step)), &mut b);
     }
+    let mut i = len / group * group;
     let fill = T::NEG_INF;
     while i < len {
         let n = step.min(len - i);

@@ -9,34 +9,40 @@ use super::rows::BLOCK;
 use super::state::{Reference, Summand, splat};
 
 /// Values to be written, vector by vector.
-trait Values<S: Isa, T: Real> {
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T>;
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T>;
+trait Values<S: Isa, T: Real>: Copy {
+    /// `len` of them, from `start` on.
+    fn part(self, start: usize, len: usize) -> Self;
+    /// Vector `k`.
+    fn nth(self, isa: S, k: usize) -> Vf<S, T>;
+    /// The `n` values from `i` on.
+    fn partial(self, isa: S, i: usize, n: usize) -> Vf<S, T>;
 }
 
 /// Writes values; `past` the caches if wanted.
 #[inline(always)]
-fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: &W, dst: SpanMut<O>, past: bool) {
+fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: W, dst: SpanMut<O>, past: bool) {
     let step = Vf::<S, T>::LANES;
     let len = dst.read().len();
+    let lead = if past { dst.lead().min(len) } else { 0 };
     let mut i = 0;
+    while i < lead {
+        let n = step.min(lead - i);
+        dst.store_partial(isa, i, n, values.partial(isa, i, n));
+        i += n;
+    }
+    // Of one length, known to the compiler: no check is left in the loops.
+    let (whole, to) = (values.part(lead, len - lead), dst.part(lead, len - lead));
+    let count = (len - lead) / step;
     if past {
-        let lead = dst.lead().min(len);
-        while i < lead {
-            let n = step.min(lead - i);
-            dst.store_partial(isa, i, n, values.partial(isa, i, n));
-            i += n;
-        }
-        while i + step <= len {
-            dst.stream(isa, i, values.whole(isa, i));
-            i += step;
+        for k in 0..count {
+            to.nth(k, step).stream(isa, 0, whole.nth(isa, k));
         }
     } else {
-        while i + step <= len {
-            dst.store(isa, i, values.whole(isa, i));
-            i += step;
+        for k in 0..count {
+            to.nth(k, step).store(isa, 0, whole.nth(isa, k));
         }
     }
+    let i = lead + count * step;
     if i < len {
         dst.store_partial(isa, i, len - i, values.partial(isa, i, len - i));
     }
@@ -48,7 +54,7 @@ struct Scaling<'a, V: Vector> {
     a: V,
     most: V,
     g: V,
-    t: Span<'a, V::Elem>,
+    t: Option<Span<'a, V::Elem>>,
 }
 
 impl<V: Vector> Scaling<'_, V>
@@ -56,18 +62,24 @@ where
     V::Elem: Real<V<V::Isa> = V>,
 {
     #[inline(always)]
-    fn whole(&self, isa: V::Isa, i: usize, e: V) -> V {
-        // In this order NaN passes.
-        let v = self.most.min(e * self.a);
-        if self.t.is_empty() { v } else { v - self.t.load(isa, i) * self.g }
+    fn part(self, start: usize, len: usize) -> Self {
+        Self { t: self.t.map(|t| t.part(start, len)), ..self }
     }
     #[inline(always)]
-    fn partial(&self, isa: V::Isa, i: usize, n: usize, e: V) -> V {
+    fn nth(self, isa: V::Isa, k: usize, e: V) -> V {
+        // In this order NaN passes.
         let v = self.most.min(e * self.a);
-        if self.t.is_empty() { v } else { v - self.t.load_partial(isa, i, n, V::Elem::ZERO) * self.g }
+        self.t.map_or(v, |t| v - t.nth(k, V::LANES).load(isa, 0) * self.g)
+    }
+    #[inline(always)]
+    fn partial(self, isa: V::Isa, i: usize, n: usize, e: V) -> V {
+        let v = self.most.min(e * self.a);
+        self.t.map_or(v, |t| v - t.load_partial(isa, i, n, V::Elem::ZERO) * self.g)
     }
 }
 
+/// Exponentials.
+#[derive(Clone, Copy)]
 struct Stored<'a, V: Vector> {
     e: Span<'a, V::Elem>,
     scaling: Scaling<'a, V>,
@@ -75,56 +87,76 @@ struct Stored<'a, V: Vector> {
 
 impl<S: Isa, T: Real> Values<S, T> for Stored<'_, Vf<S, T>> {
     #[inline(always)]
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
-        self.scaling.whole(isa, i, self.e.load(isa, i))
+    fn part(self, start: usize, len: usize) -> Self {
+        Self { e: self.e.part(start, len), scaling: self.scaling.part(start, len) }
     }
     #[inline(always)]
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+    fn nth(self, isa: S, k: usize) -> Vf<S, T> {
+        self.scaling.nth(isa, k, self.e.nth(k, Vf::<S, T>::LANES).load(isa, 0))
+    }
+    #[inline(always)]
+    fn partial(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
         self.scaling.partial(isa, i, n, self.e.load_partial(isa, i, n, T::ZERO))
     }
 }
 
 /// Exponentials that are multiplied in two steps.
+#[derive(Clone, Copy)]
 struct Balanced<'a, V: Vector> {
-    stored: Stored<'a, V>,
+    e: Span<'a, V::Elem>,
     factor: V,
+    scaling: Scaling<'a, V>,
 }
 
 impl<S: Isa, T: Real> Values<S, T> for Balanced<'_, Vf<S, T>> {
     #[inline(always)]
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
-        self.stored.scaling.whole(isa, i, self.stored.e.load(isa, i) * self.factor)
+    fn part(self, start: usize, len: usize) -> Self {
+        Self { e: self.e.part(start, len), scaling: self.scaling.part(start, len), ..self }
     }
     #[inline(always)]
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        self.stored.scaling.partial(isa, i, n, self.stored.e.load_partial(isa, i, n, T::ZERO) * self.factor)
+    fn nth(self, isa: S, k: usize) -> Vf<S, T> {
+        self.scaling.nth(isa, k, self.e.nth(k, Vf::<S, T>::LANES).load(isa, 0) * self.factor)
+    }
+    #[inline(always)]
+    fn partial(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        self.scaling.partial(isa, i, n, self.e.load_partial(isa, i, n, T::ZERO) * self.factor)
     }
 }
 
 /// Logits, of the type that is computed in or halves.
 #[derive(Clone, Copy)]
-struct Source<'a, T> {
-    wide: Span<'a, T>,
-    half: Option<Half<'a>>,
+enum Source<'a, T> {
+    Wide(Span<'a, T>),
+    Half(Half<'a>),
 }
 
 impl<T: Real> Source<'_, T> {
     #[inline(always)]
-    fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, T> {
-        match self.half {
-            Some(half) => T::load_half(isa, half, i, Vf::<S, T>::LANES),
-            None => self.wide.load(isa, i),
+    fn part(self, start: usize, len: usize) -> Self {
+        match self {
+            Self::Wide(span) => Self::Wide(span.part(start, len)),
+            Self::Half(half) => Self::Half(half.part(start, len)),
         }
     }
     #[inline(always)]
-    fn load_partial<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        match self.half {
-            Some(half) => T::load_half(isa, half, i, n),
-            None => self.wide.load_partial(isa, i, n, T::NEG_INF),
+    fn nth<S: Isa>(self, isa: S, k: usize) -> Vf<S, T> {
+        let step = Vf::<S, T>::LANES;
+        match self {
+            Self::Wide(span) => span.nth(k, step).load(isa, 0),
+            Self::Half(half) => T::load_half(isa, half.nth(k, step), 0, step),
+        }
+    }
+    #[inline(always)]
+    fn partial<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        match self {
+            Self::Wide(span) => span.load_partial(isa, i, n, T::NEG_INF),
+            Self::Half(half) => T::load_half(isa, half, i, n),
         }
     }
 }
 
+/// Logits whose exponentials are computed again.
+#[derive(Clone, Copy)]
 struct Anew<'a, V: Vector> {
     x: Source<'a, V::Elem>,
     at: Anchored<V>,
@@ -134,15 +166,21 @@ struct Anew<'a, V: Vector> {
 
 impl<S: Isa, T: Real> Values<S, T> for Anew<'_, Vf<S, T>> {
     #[inline(always)]
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
-        self.scaling.whole(isa, i, self.at.exp2(self.x.load(isa, i) - self.b))
+    fn part(self, start: usize, len: usize) -> Self {
+        Self { x: self.x.part(start, len), scaling: self.scaling.part(start, len), ..self }
     }
     #[inline(always)]
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        self.scaling.partial(isa, i, n, self.at.exp2(self.x.load_partial(isa, i, n) - self.b))
+    fn nth(self, isa: S, k: usize) -> Vf<S, T> {
+        self.scaling.nth(isa, k, self.at.exp2(self.x.nth(isa, k) - self.b))
+    }
+    #[inline(always)]
+    fn partial(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        self.scaling.partial(isa, i, n, self.at.exp2(self.x.partial(isa, i, n) - self.b))
     }
 }
 
+/// Logits, for log-probabilities.
+#[derive(Clone, Copy)]
 struct Logs<'a, V: Vector> {
     x: Source<'a, V::Elem>,
     max: V,
@@ -152,12 +190,16 @@ struct Logs<'a, V: Vector> {
 
 impl<S: Isa, T: Real> Values<S, T> for Logs<'_, Vf<S, T>> {
     #[inline(always)]
-    fn whole(&self, isa: S, i: usize) -> Vf<S, T> {
-        (self.x.load(isa, i) - self.max) * self.scale - self.log_sum
+    fn part(self, start: usize, len: usize) -> Self {
+        Self { x: self.x.part(start, len), ..self }
     }
     #[inline(always)]
-    fn partial(&self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        (self.x.load_partial(isa, i, n) - self.max) * self.scale - self.log_sum
+    fn nth(self, isa: S, k: usize) -> Vf<S, T> {
+        (self.x.nth(isa, k) - self.max) * self.scale - self.log_sum
+    }
+    #[inline(always)]
+    fn partial(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        (self.x.partial(isa, i, n) - self.max) * self.scale - self.log_sum
     }
 }
 
@@ -207,8 +249,7 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
         let blocks = len.div_ceil(BLOCK);
         for r in 0..self.dst.count() {
             let dst = self.dst.row(r);
-            let src =
-                Source { wide: if self.half.is_some() { Span::of(&[]) } else { self.src.row(r) }, half: self.half.map(|half| half.row(r)) };
+            let src = self.half.map_or_else(|| Source::Wide(self.src.row(r)), |half| Source::Half(half.row(r)));
             if self.references.is_empty() {
                 self.part(isa, &exp, self.first + r, None, src, self.t, dst);
                 continue;
@@ -216,15 +257,7 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
             for (index, &reference) in self.references[r * blocks..][..blocks].iter().enumerate() {
                 let (start, n) = (index * BLOCK, BLOCK.min(len - index * BLOCK));
                 let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
-                self.part(
-                    isa,
-                    &exp,
-                    self.first + r,
-                    Some(reference),
-                    Source { wide: src.wide.part(start, n), half: None },
-                    t,
-                    dst.part(start, n),
-                );
+                self.part(isa, &exp, self.first + r, Some(reference), src.part(start, n), t, dst.part(start, n));
             }
         }
         if self.past {
@@ -250,7 +283,7 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
         if self.from == From::Logs {
             let max = splat::<S, T>(isa, tile.max[slot]);
             let (scale, log_sum) = (splat::<S, T>(isa, self.scale), splat::<S, T>(isa, tile.log_sum[slot]));
-            return write(isa, &Logs { x: src, max, scale, log_sum }, dst, self.past);
+            return write(isa, Logs { x: src, max, scale, log_sum }, dst, self.past);
         }
         // In one factor, unless it leaves the normal numbers where the result may not.
         let factor = reference.map_or(1.0, |reference| reference.factor(own, self.scale));
@@ -263,16 +296,22 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
             (true, true) => (a * shift, factor / shift),
         };
         let slope = if t.is_empty() { 0.0 } else { tile.slope[slot] };
-        let scaling = Scaling { a: splat::<S, T>(isa, a), most: splat::<S, T>(isa, self.most), g: splat::<S, T>(isa, slope), t };
+        let scaling = Scaling {
+            a: splat::<S, T>(isa, a),
+            most: splat::<S, T>(isa, self.most),
+            g: splat::<S, T>(isa, slope),
+            t: (!t.is_empty()).then_some(t),
+        };
         if self.from == From::Anew {
             let at = exp.anchor(splat::<S, T>(isa, own.k - factor.log2()));
-            return write(isa, &Anew { x: src, at, b: splat::<S, T>(isa, own.b), scaling }, dst, self.past);
+            return write(isa, Anew { x: src, at, b: splat::<S, T>(isa, own.b), scaling }, dst, self.past);
         }
-        let stored = Stored { e: src.wide, scaling };
+        // Exponentials are never halves.
+        let Source::Wide(e) = src else { return };
         if factor == 1.0 {
-            write(isa, &stored, dst, self.past);
+            write(isa, Stored { e, scaling }, dst, self.past);
         } else {
-            write(isa, &Balanced { stored, factor: splat::<S, T>(isa, factor) }, dst, false);
+            write(isa, Balanced { e, factor: splat::<S, T>(isa, factor), scaling }, dst, false);
         }
     }
 }

@@ -198,7 +198,7 @@ impl Real for f64 {
 /// Whether a function is better called than made part of its callers: the portable level calls the C library for every fused multiply-add, so that
 /// one more call costs nothing, and hundreds of copies would be a tenth of the library. (The vectors of the other levels must be inlined.)
 #[inline(always)]
-fn apart<V: Vector>() -> bool {
+pub(super) fn apart<V: Vector>() -> bool {
     <V::Isa as Isa>::LEVEL == Level::Scalar
 }
 

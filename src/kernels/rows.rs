@@ -85,6 +85,10 @@ impl<'a, T: Real> Ahead<'a, T> {
     fn part(self, start: usize, len: usize) -> Self {
         Self { block: self.block.part(start, len), from: self.from.map(|(half, to)| (half.part(start, len), to.part(start, len))) }
     }
+    #[inline(always)]
+    fn nth(self, k: usize, size: usize) -> Self {
+        Self { block: self.block.nth(k, size), from: self.from.map(|(half, to)| (half.nth(k, size), to.nth(k, size))) }
+    }
     /// What is to be widened.
     #[inline(always)]
     fn kind(self) -> u8 {
@@ -94,42 +98,57 @@ impl<'a, T: Real> Ahead<'a, T> {
             Some((Half::Bf16(_), _)) => BF16,
         }
     }
-    /// A vector from element `i` on. KIND is known, so that a loop has no other ways in it.
+    /// The same, of which the compiler now knows the kind: a loop has no other ways in it.
     #[inline(always)]
-    fn load<S: Isa, const KIND: u8>(self, isa: S, i: usize) -> Vf<S, T> {
-        let ((F16, Some((half @ Half::F16(_), to))) | (BF16, Some((half @ Half::Bf16(_), to)))) = (KIND, self.from) else {
-            return self.block.load(isa, i);
+    fn of_kind<const KIND: u8>(self) -> Self {
+        let from = match (KIND, self.from) {
+            (WIDE, _) => None,
+            (F16, Some((Half::F16(half), to))) => Some((Half::F16(half), to)),
+            (BF16, Some((Half::Bf16(half), to))) => Some((Half::Bf16(half), to)),
+            _ => unreachable!("asked for after `kind`"),
         };
+        Self { block: self.block, from }
+    }
+    /// A vector from element `i` on, of a block whose kind is known.
+    #[inline(always)]
+    fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, T> {
+        let Some((half, to)) = self.from else { return self.block.load(isa, i) };
         let v = T::load_half(isa, half, i, Vf::<S, T>::LANES);
         to.store(isa, i, v);
+        v
+    }
+    /// As `load`, of `n` elements and −inf after them.
+    #[inline(always)]
+    fn load_partial<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        let Some((half, to)) = self.from else { return self.block.load_partial(isa, i, n, T::NEG_INF) };
+        let v = T::load_half(isa, half, i, n);
+        to.store_partial(isa, i, n, v);
         v
     }
     /// The maximum.
     #[inline(always)]
     pub(super) fn max<S: Isa>(self, isa: S) -> Vf<S, T> {
         match self.kind() {
-            F16 => self.widened_max::<S, F16>(isa),
-            BF16 => self.widened_max::<S, BF16>(isa),
+            F16 => self.of_kind::<F16>().widened_max(isa),
+            BF16 => self.of_kind::<BF16>().widened_max(isa),
             _ => block_max(isa, self.block),
         }
     }
     #[inline(always)]
-    fn widened_max<S: Isa, const KIND: u8>(self, isa: S) -> Vf<S, T> {
-        let Some((half, to)) = self.from else { return Vf::<S, T>::splat(isa, T::NEG_INF) };
-        let step = Vf::<S, T>::LANES;
+    fn widened_max<S: Isa>(self, isa: S) -> Vf<S, T> {
+        let (step, len) = (Vf::<S, T>::LANES, self.block.len());
         let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 2];
-        let mut i = 0;
-        while i + 2 * step <= half.len() {
+        let groups = len / (2 * step);
+        for k in 0..groups {
+            let part = self.nth(k, 2 * step);
             for (u, max) in max.iter_mut().enumerate() {
-                *max = self.load::<S, KIND>(isa, i + u * step).max(*max);
+                *max = part.load(isa, u * step).max(*max);
             }
-            i += 2 * step;
         }
-        while i < half.len() {
-            let n = step.min(half.len() - i);
-            let v = T::load_half(isa, half, i, n);
-            to.store_partial(isa, i, n, v);
-            max[0] = v.max(max[0]);
+        let mut i = groups * 2 * step;
+        while i < len {
+            let n = step.min(len - i);
+            max[0] = self.load_partial(isa, i, n).max(max[0]);
             i += n;
         }
         max[0].max(max[1])
@@ -239,15 +258,15 @@ impl<S: Isa, T: Real> Setup<S, T> {
 pub(super) fn block_max<S: Isa, T: Real>(isa: S, x: Span<T>) -> Vf<S, T> {
     let step = Vf::<S, T>::LANES;
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
-    let mut i = 0;
-    while i + 4 * step <= x.len() {
-        let part = x.part(i, 4 * step);
+    let groups = x.len() / (4 * step);
+    for k in 0..groups {
+        let part = x.nth(k, 4 * step);
         for (u, max) in max.iter_mut().enumerate() {
             // In this order a NaN is passed over; it comes back through the sum.
             *max = part.load(isa, u * step).max(*max);
         }
-        i += 4 * step;
     }
+    let mut i = groups * 4 * step;
     while i + step <= x.len() {
         max[0] = x.load(isa, i).max(max[0]);
         i += step;
@@ -341,9 +360,9 @@ fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
     below.bits()
 }
 
-/// One block: the sums of its exponentials, and the maximum of the block after it in the same loop.
+/// Classes of one block: the sums of their exponentials, and in the same loop the maximum of as many classes of the block after it.
 ///
-/// TOP: the running maximum is among its classes (or LIN, a dense stream, which needs to know of each whether it is), or off the grid of the
+/// TOP: the running maximum is among them (or LIN, a dense stream, which needs to know of each whether it is), or off the grid of the
 /// integer reduction: then x − b first, which is exact or dwarfed by x's own spacing, and x itself where b is 0.
 #[inline(always)]
 fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, const KIND: u8>(
@@ -360,40 +379,40 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, co
     let own = if S::REGISTERS < 32 { 1 } else { 3 };
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let mut parts = [Part { rest: zero, lin: zero, t_rest: zero }; 4];
+    let mut total = parts[0];
     let mut ties = 0;
-    let len = x.len();
-    // Past the end of the next block its last vectors are looked at again; what is left of it comes after the loop. Without one the block looks
-    // at itself, and the answer is not used.
-    let available = next.block.len();
-    let fused = available >= 4 * step;
-    let beside = if fused { next } else { Ahead::of(x) };
-    let last = beside.block.len().saturating_sub(4 * step);
-    let mut i = 0;
-    let mut total = Part { rest: zero, lin: zero, t_rest: zero };
-    while i + 4 * step <= len {
-        let end = len.min(i + chain::<S, T>());
-        while i + 4 * step <= end {
-            let (x, beside) = (x.part(i, 4 * step), beside.part(i.min(last), 4 * step));
+    let (len, group) = (x.len(), 4 * step);
+    // Of one length, known to the compiler: no check is left in the loop.
+    let next = next.of_kind::<KIND>().part(0, len);
+    let (t, dst) = (if LIN { t.part(0, len) } else { t }, if STORE { dst.part(0, len) } else { dst });
+    let mut k = 0;
+    while k < len / group {
+        let end = (len / group).min(k + chain::<S, T>() / group);
+        while k < end {
+            let (x, next) = (x.nth(k, group), next.nth(k, group));
+            let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if STORE { dst.nth(k, group) } else { dst });
             for u in 0..4 {
-                max[u & own] = beside.load::<S, KIND>(isa, u * step).max(max[u & own]);
+                // In this order a NaN is passed over; it comes back through the sum.
+                max[u & own] = next.load(isa, u * step).max(max[u & own]);
                 let v = x.load(isa, u * step);
                 let e = at.at.parts(if TOP { v - at.b } else { v });
                 if STORE {
-                    dst.store(isa, i + u * step, e.0 * e.1);
+                    dst.store(isa, u * step, e.0 * e.1);
                 }
-                let w = if LIN { t.load(isa, i + u * step) } else { zero };
+                let w = if LIN { t.load(isa, u * step) } else { zero };
                 let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u & own]);
                 if TOP {
                     ties += step - below.count_ones() as usize;
                 }
             }
-            i += 4 * step;
+            k += 1;
         }
         total = total.with(isa, &mut parts);
     }
-    let seen = if fused { i.min(available) } else { 0 };
+    let mut i = k * group;
     while i < len {
         let n = step.min(len - i);
+        max[0] = next.load_partial(isa, i, n).max(max[0]);
         let v = x.load_partial(isa, i, n, T::NEG_INF);
         let e = at.at.parts(if TOP { v - at.b } else { v });
         if STORE {
@@ -406,11 +425,8 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, co
         }
         i += n;
     }
-    let left = next.part(seen, available - seen);
-    let left = if KIND == WIDE { block_max(isa, left.block) } else { left.widened_max::<S, KIND>(isa) };
-    let max = if fused { max[0].max(max[1]).max(max[2].max(max[3])) } else { left };
     let Part { rest, lin, t_rest } = total.with(isa, &mut parts);
-    Sums { rest, lin, t_rest, ties, next: left.max(max) }
+    Sums { rest, lin, t_rest, ties, next: max[0].max(max[1]).max(max[2].max(max[3])) }
 }
 
 /// Classes whose logits are to be told: when their block is read, because before that they are cold, and after that they may be gone.
@@ -454,34 +470,28 @@ pub struct Reduce<'a, T> {
     pub known: &'a mut Known<T>,
     /// Logits to be told.
     pub wanted: Wanted<'a>,
-    /// Called after each block: work that is done in between, so that memory is not idle while arithmetic goes on.
-    pub beside: Option<&'a mut dyn FnMut(usize)>,
 }
 
 impl<T: Summand> Kernel for Reduce<'_, T> {
     type Output = State;
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> State {
-        match (matches!(self.t, Input::None), self.dst.is_some()) {
-            (true, false) => reduce::<S, T, false, false>(isa, self),
-            (true, true) => reduce::<S, T, false, true>(isa, self),
-            (false, false) => reduce::<S, T, true, false>(isa, self),
-            (false, true) => reduce::<S, T, true, true>(isa, self),
-        }
+        reduce(isa, self)
     }
 }
 
 #[inline(always)]
-fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: Reduce<T>) -> State {
-    let Reduce { scale, classes, mut x, mut t, dst, references, known, wanted, mut beside } = job;
+fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
+    let Reduce { scale, classes, mut x, mut t, dst, references, known, wanted } = job;
     let setup = &Setup::<S, T>::new(isa, scale);
+    let (lin, store) = (!matches!(t, Input::None), dst.is_some());
     let dst = dst.unwrap_or(SpanMut::of(&mut []));
     let mut max = T::NEG_INF;
     let mut reference = Reference::of(max, &setup.exp1, setup.scale);
     let mut at = setup.lanes(reference, max);
     let (mut ties, mut arg, mut t_top) = (0.0, 0, Pair::default());
-    let (mut rest, mut lin, mut t_rest) = (Wide::zero(isa), Wide::zero(isa), Wide::zero(isa));
-    let (mut rest_extra, mut lin_extra, mut t_extra) = (Pair::default(), Pair::default(), Pair::default());
+    let (mut rest, mut spread, mut t_rest) = (Wide::zero(isa), Wide::zero(isa), Wide::zero(isa));
+    let (mut rest_extra, mut spread_extra, mut t_extra) = (Pair::default(), Pair::default(), Pair::default());
     for index in 0..classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
         let (block, next) = x.block(isa, index, known);
@@ -499,16 +509,16 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
                 rest.scale(isa, factor);
                 rest_extra.scale(factor);
                 rest_extra.add(ties * exp_f64(isa, (max.to_f64() - moved.b) * setup.scale, moved.k));
-                if LIN {
+                if lin {
                     t_extra.merge(t_top);
                     let mut weight = T::total(t_rest);
                     weight.merge(t_extra);
                     if weight.value() != 0.0 {
                         weight.scale(candidate.to_f64() - max.to_f64());
-                        lin_extra.merge(weight);
+                        spread_extra.merge(weight);
                     }
                 }
-            } else if LIN {
+            } else if lin {
                 // Everything so far was −inf: nothing in the rest, and targets there already made `lin` infinite.
                 t_extra.merge(t_top);
             }
@@ -519,7 +529,7 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
             at = setup.lanes(reference, max);
             arg = usize::MAX;
         }
-        if STORE && let Some(known) = references.get_mut(index) {
+        if store && let Some(known) = references.get_mut(index) {
             *known = reference;
         }
         for (&class, logit) in wanted.classes.iter().zip(wanted.logits.iter_mut()) {
@@ -528,53 +538,54 @@ fn reduce<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: R
             }
         }
         let far = reference.b != 0.0 || max >= T::MAX;
-        if LIN && tops {
+        if lin && tops {
             let (first, weight) = find_top(isa, block, dense, at.top);
             arg = arg.min(start.saturating_add(first));
             t_top.merge(weight);
         }
         let stretch = stretch::<S, T>();
         let mut from = 0;
-        let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
-        let (any_next, rare) = (!next.block.is_empty(), far || tops || LIN || S::LEVEL == Level::Scalar);
-        let (mut next, kind) = (next, next.kind());
-        if rare && kind != WIDE {
-            // A loop of its own: those below are compiled for the usual ways only.
-            next_top = next.max(isa);
-            next = Ahead::of(Span::of(&[]));
-        }
+        let rare = far || tops || lin || S::LEVEL == Level::Scalar;
+        // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and widen in the usual ways only.
+        let fused = next.block.len() >= block.len() && !(rare && next.kind() != WIDE);
+        let (ahead, seen) = if fused { (next, block.len()) } else { (Ahead::of(block), 0) };
+        let kind = ahead.kind();
+        let mut top = Vf::<S, T>::splat(isa, T::NEG_INF);
         while from < block.len() {
             let n = stretch.min(block.len() - from);
             let x = block.part(from, n);
-            let t = if LIN { dense.part(from, n) } else { dense };
-            let to = if STORE { dst.part(start + from, n) } else { dst };
-            let (available, at_next) = (next.block.len(), next.block.len().min(from));
-            // The last stretch takes all that is left of the next block.
-            let next = next.part(at_next, if from + n < block.len() { n.min(available - at_next) } else { available - at_next });
-            let sums = match kind {
-                _ if rare => pass::<S, T, LIN, STORE, true, WIDE>(isa, &at, x, next, t, to),
-                F16 if T::DTYPE == DType::F32 => pass::<S, T, LIN, STORE, false, F16>(isa, &at, x, next, t, to),
-                BF16 if T::DTYPE == DType::F32 => pass::<S, T, LIN, STORE, false, BF16>(isa, &at, x, next, t, to),
-                _ => pass::<S, T, LIN, STORE, false, WIDE>(isa, &at, x, next, t, to),
+            let t = if lin { dense.part(from, n) } else { dense };
+            let to = if store { dst.part(start + from, n) } else { dst };
+            let next = ahead.part(from, n);
+            let sums = match (kind, store) {
+                (_, false) if lin => pass::<S, T, true, false, true, WIDE>(isa, &at, x, next, t, to),
+                (_, true) if lin => pass::<S, T, true, true, true, WIDE>(isa, &at, x, next, t, to),
+                (_, false) if rare => pass::<S, T, false, false, true, WIDE>(isa, &at, x, next, t, to),
+                (_, true) if rare => pass::<S, T, false, true, true, WIDE>(isa, &at, x, next, t, to),
+                (F16, false) if T::DTYPE == DType::F32 => pass::<S, T, false, false, false, F16>(isa, &at, x, next, t, to),
+                (F16, true) if T::DTYPE == DType::F32 => pass::<S, T, false, true, false, F16>(isa, &at, x, next, t, to),
+                (BF16, false) if T::DTYPE == DType::F32 => pass::<S, T, false, false, false, BF16>(isa, &at, x, next, t, to),
+                (BF16, true) if T::DTYPE == DType::F32 => pass::<S, T, false, true, false, BF16>(isa, &at, x, next, t, to),
+                (_, false) => pass::<S, T, false, false, false, WIDE>(isa, &at, x, next, t, to),
+                (_, true) => pass::<S, T, false, true, false, WIDE>(isa, &at, x, next, t, to),
             };
-            next_top = sums.next.max(next_top);
+            top = sums.next.max(top);
             ties += sums.ties as f64;
             T::add(isa, &mut rest, sums.rest);
-            if LIN {
-                T::add(isa, &mut lin, sums.lin);
+            if lin {
+                T::add(isa, &mut spread, sums.lin);
                 T::add(isa, &mut t_rest, sums.t_rest);
             }
             from += n;
         }
-        known.top = if any_next { Some(next_top.reduce_max()) } else { None };
-        if let Some(beside) = &mut beside {
-            beside(index);
-        }
+        let left = next.part(seen, next.block.len() - seen).max(isa);
+        let top = if fused { left.max(top) } else { left };
+        known.top = (!next.block.is_empty()).then(|| top.reduce_max());
     }
     rest_extra.merge(T::total(rest));
-    if LIN {
-        lin_extra.merge(T::total(lin));
+    if lin {
+        spread_extra.merge(T::total(spread));
         t_extra.merge(T::total(t_rest));
     }
-    State { max: max.to_f64(), ties, arg, reference, rest: rest_extra, lin: lin_extra, t_rest: t_extra, t_top: t_top.value() }
+    State { max: max.to_f64(), ties, arg, reference, rest: rest_extra, lin: spread_extra, t_rest: t_extra, t_top: t_top.value() }
 }

@@ -245,7 +245,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         let mut from = 0;
         while from < x.len() {
-            let n = stretch::<S, T>().min(x.len() - from);
+            let n = stretch::<S, T>(4).min(x.len() - from);
             let part = x.part(from, n);
             // Without a successor it looks at itself, and the answer is not used.
             let ahead = next.map_or(part, |next| next.part(from, n));
@@ -293,11 +293,11 @@ impl<S: Isa, T: Summand> Scan<S, T> {
     }
 }
 
-/// Classes that are summed in one go: eight additions to an accumulator, a whole block on wide vectors.
+/// Classes that are summed in one go by a loop with so many accumulators: eight additions to each. See [`super::rows::chain`].
 #[inline(always)]
-pub(super) fn stretch<S: Isa, T: Float>() -> usize {
+pub(super) fn stretch<S: Isa, T: Float>(accumulators: usize) -> usize {
     let step = Vf::<S, T>::LANES;
-    BLOCK.min(if step < 4 { 8 } else { 32 * step })
+    BLOCK.min(if step < 4 { 8 } else { 8 * accumulators * step })
 }
 
 struct Sums<V> {
@@ -319,20 +319,19 @@ fn pass<S: Isa, T: Real, const SPREAD: bool>(
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let (mut rest, mut spread) = ([zero; 4], [zero; 4]);
-    let len = x.len();
+    let (len, group) = (x.len(), 4 * step);
+    // Of one length, known to the compiler: no check is left in the loop.
     let next = next.part(0, len);
-    let mut i = 0;
-    while i + 4 * step <= len {
-        let (x, next) = (x.part(i, 4 * step), next.part(i, 4 * step));
+    for k in 0..len / group {
+        let (x, next) = (x.nth(k, group), next.nth(k, group));
         for u in 0..4 {
             // In this order a NaN is passed over; it comes back through the sum.
             max[u] = next.load(isa, u * step).max(max[u]);
             add::<S, T, SPREAD>(constants, at, x.load(isa, u * step), &mut rest[u], &mut spread[u]);
         }
-        i += 4 * step;
     }
     let fill = T::NEG_INF;
-    let mut u = 0;
+    let (mut i, mut u) = (len / group * group, 0);
     while i < len {
         let n = step.min(len - i);
         max[u] = next.load_partial(isa, i, n, fill).max(max[u]);
@@ -389,14 +388,15 @@ fn find<S: Isa, T: Float>(isa: S, x: Span<T>, top: Vf<S, T>) -> (usize, usize) {
 pub fn larger<S: Isa, T: Float>(isa: S, block: Span<T>, x: T) -> usize {
     let step = Vf::<S, T>::LANES;
     let than = Vf::<S, T>::splat(isa, x);
-    let (mut count, mut i) = ([0; 4], 0);
-    while i + 4 * step <= block.len() {
-        let part = block.part(i, 4 * step);
+    let groups = block.len() / (4 * step);
+    let mut count = [0; 4];
+    for k in 0..groups {
+        let part = block.nth(k, 4 * step);
         for (u, count) in count.iter_mut().enumerate() {
             *count += than.lt(part.load(isa, u * step)).count();
         }
-        i += 4 * step;
     }
+    let mut i = groups * 4 * step;
     while i < block.len() {
         let n = step.min(block.len() - i);
         // Nothing is larger than NaN, and −inf larger than nothing.

@@ -108,56 +108,50 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool>(
     ahead: *const u8,
     dst: SpanMut<T>,
 ) -> (f64, usize) {
-    let step = Vf::<S, T>::LANES;
+    let (step, len) = (Vf::<S, T>::LANES, x.len());
     let own = if S::REGISTERS < 32 { 1 } else { 3 };
+    let (group, most) = (4 * step, chain::<S, T>() / (4 * step));
+    // Of one length, known to the compiler: no check is left in the loop.
+    let dst = if STORE { dst.part(0, len) } else { dst };
     let mut wide = Wide::zero(isa);
     let mut below = 0;
-    let mut i = 0;
-    while i < x.len() {
-        let end = x.len().min(i + chain::<S, T>());
+    let (mut k, mut i) = (0, 0);
+    while i < len {
+        let end = (len / group).min(k + most);
+        let room = end - k < most;
         let mut rest = [splat::<S, T>(isa, 0.0); 4];
-        while i + 4 * step <= end {
+        while k < end {
+            let (x, dst) = (x.nth(k, group), if STORE { dst.nth(k, group) } else { dst });
             for u in 0..4 {
-                isa.prefetch(ahead.wrapping_add((i + u * step) * size_of::<T>()));
-                let v = x.load(isa, i + u * step);
+                isa.prefetch(ahead.wrapping_add((k * group + u * step) * size_of::<T>()));
+                let v = x.load(isa, u * step);
                 let (p, q) = at.parts(v);
                 if STORE {
-                    dst.store(isa, i + u * step, p * q);
+                    dst.store(isa, u * step, p * q);
                 }
                 // Unordered: a NaN is not the maximum and so reaches the sum.
                 let others = v.ne(top);
                 rest[u & own] = rest[u & own].fma_where(others, p, q);
                 below += others.count();
             }
-            i += 4 * step;
+            k += 1;
         }
-        while i + step <= end {
+        i = k * group;
+        while room && i < len {
+            let n = step.min(len - i);
             isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
-            let v = x.load(isa, i);
+            let v = if n == step { x.load(isa, i) } else { x.load_partial(isa, i, n, T::NEG_INF) };
             let (p, q) = at.parts(v);
             if STORE {
-                dst.store(isa, i, p * q);
+                if n == step { dst.store(isa, i, p * q) } else { dst.store_partial(isa, i, n, p * q) }
             }
             let others = v.ne(top);
             rest[1] = rest[1].fma_where(others, p, q);
-            below += others.count();
-            i += step;
-        }
-        if i < end {
-            let n = end - i;
-            isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
-            let v = x.load_partial(isa, i, n, T::NEG_INF);
-            let (p, q) = at.parts(v);
-            if STORE {
-                dst.store_partial(isa, i, n, p * q);
-            }
-            let others = v.ne(top);
-            rest[0] = rest[0].fma_where(others, p, q);
             below += others.count() - (step - n);
-            i = end;
+            i += n;
         }
         let [a, b, c, d] = rest;
         T::add(isa, &mut wide, (a + b) + (c + d));
     }
-    (T::total(wide).value(), x.len() - below)
+    (T::total(wide).value(), len - below)
 }

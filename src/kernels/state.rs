@@ -4,9 +4,9 @@
 //! integer power of two, so that moving it is exact; b is the maximum itself where |x| leaves the grid of the integer reduction.
 
 use crate::array::{Float, Span, SpanMut, Vf, lanes};
-use crate::simd::{Isa, Level, Scalar, Vector};
+use crate::simd::{Isa, Scalar, Vector};
 
-use super::math::{Exp, Real};
+use super::math::{Exp, Real, apart};
 
 /// What exponentials are relative to: `exp(x − b) · 2^−k`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -61,12 +61,9 @@ fn scalar<T: Real>(v: Vf<Scalar, T>) -> f64 {
 /// `exp(x)·2^−k` in float64, 0 where it is tiny.
 #[inline(always)]
 pub fn exp_f64<S: Isa>(isa: S, x: f64, k: f64) -> f64 {
-    // Portable it is as well called as inlined.
-    if S::LEVEL == Level::Scalar { exp_f64_apart(isa, x, k) } else { exp_f64_here(isa, x, k) }
+    if apart::<S::F64>() { exp_f64_apart(isa, x, k) } else { exp_f64_here(isa, x, k) }
 }
 
-// Rare in the kernels of the other levels: cold keeps what a call clobbers out of their loops.
-#[cold]
 #[inline(never)]
 fn exp_f64_apart<S: Isa>(isa: S, x: f64, k: f64) -> f64 {
     exp_f64_here(isa, x, k)

@@ -148,7 +148,6 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
                 references: &mut [],
                 known: &mut Known::default(),
                 wanted: Wanted { classes: &[], logits: &mut [] },
-                beside: None,
             });
             put(tile, slot, &state);
         }
@@ -223,19 +222,6 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         Some(out) if in_result => out.span::<T>(job.rows.offset(OUT, kept[slot]), classes),
         _ => exponentials.part(slot * classes, classes),
     };
-    // What results are made of where that is not in scratch.
-    let source = |slot: usize| match job.out {
-        Some(out) if in_result => out.span::<T>(job.rows.offset(OUT, kept[slot]), classes).read(),
-        _ => line(kept[slot]),
-    };
-    // A row is written while the next one is read.
-    let beside = direct
-        && at_once
-        && (!store || in_result)
-        && !terms.dense
-        && job.out.is_some()
-        && job.stores != Stores::Cached
-        && classes >= tunables().beside_from;
     let past = at_once && !in_result;
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     for (slot, &row) in kept.iter().enumerate() {
@@ -275,47 +261,25 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         }
         let mut target_logits = [0.0; 2];
         let wanted = Wanted { classes: &classes_of[..entries], logits: &mut target_logits };
-        let (before, here) = references.split_at_mut(slot * blocks);
-        let finished = &*tile;
-        let mut pending = |index: usize| {
-            if let Some(slot) = slot.checked_sub(1)
-                && index < blocks
-            {
-                let results = Results { job, from, tile: finished, first: slot, past };
-                results.block::<E, T>(source(slot), if store { &before[slot * blocks..] } else { &[] }, index, result(kept[slot]));
-            }
-        };
         let state = level.run(Reduce {
             scale,
             classes,
             x,
             t,
             dst: store.then(|| stored(slot)),
-            references: &mut here[..blocks],
+            references: &mut references[slot * blocks..][..blocks],
             known,
             wanted,
-            beside: if beside { Some(&mut pending) } else { None },
         });
         put(tile, slot, &state);
         for (j, logit) in target_logits[..entries].iter().enumerate() {
             tile.x_target[j * WIDTH + slot] = *logit;
         }
-        if beside {
-            level.run(Finish { terms: &terms, tile, rows: (slot, slot + 1), single });
-        }
     }
-    if beside {
-        let results = Results { job, from, tile, first: n - 1, past };
-        for index in 0..blocks {
-            let references = if store { &references[(n - 1) * blocks..] } else { &[] };
-            results.block::<E, T>(source(n - 1), references, index, result(kept[n - 1]));
-        }
-    } else {
-        level.run(Finish { terms: &terms, tile, rows: (0, n), single });
-    }
+    level.run(Finish { terms: &terms, tile, rows: (0, n), single });
     let Some(out) = job.out else { return settle(strip, tile) };
     unbend_patches(job, kept, tile);
-    for (slot, &row) in kept.iter().enumerate().filter(|_| !beside) {
+    for (slot, &row) in kept.iter().enumerate() {
         let results = Results { job, from, tile, first: slot, past };
         let references = if store { &references[slot * blocks..][..blocks] } else { &[] };
         let src = if store {
@@ -412,19 +376,6 @@ impl Results<'_, '_, '_> {
         let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
         let past = past && job.stores != Stores::Cached && job.classes.size * size_of::<O>() >= STREAMED;
         job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, half, t, references, dst, past });
-    }
-
-    /// Block `index` of a row at `x` that is not in scratch.
-    fn block<E: Element<Acc = T>, T: Work>(self, x: Span<T>, references: &[Reference], index: usize, dst: Option<SpanMut<E>>) {
-        let Some(dst) = dst else { return };
-        let (start, count) = (index * BLOCK, BLOCK.min(x.len() - index * BLOCK));
-        let dst = dst.part(start, count);
-        self.write::<E, T>(
-            Rows::single(x.part(start, count)),
-            Span::of(&[]),
-            references.get(index..=index).unwrap_or_default(),
-            RowsMut::single(dst),
-        );
     }
 }
 
