@@ -576,6 +576,10 @@ def test_zero_classes(dtype):
     assert ce.cross_entropy(x, [-100, -100], reduction="sum") == 0.0
     np.testing.assert_array_equal(ce.cross_entropy(x, x, reduction="none"), 0)
     np.testing.assert_array_equal(ce.cross_entropy_with_grad(x, x)[1].shape, (2, 0))
+    np.testing.assert_array_equal(ce.cross_entropy(x, x, where=np.zeros((2, 0), bool), softcap=2.0, reduction="none"), 0)
+    # The logsumexp of nothing is -inf.
+    np.testing.assert_array_equal(ce.cross_entropy(x, x, z_loss=0.1, reduction="none"), INF)
+    assert ce.cross_entropy(x, x, z_loss=0.1, sample_weight=[0, 1], reduction="sum") == INF
 
 
 def test_one_class(dtype):

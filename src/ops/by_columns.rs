@@ -58,7 +58,7 @@ impl Strip<'_, '_> {
             }
             Path::Rows => {
                 let backwards = step < 0;
-                let shift = (if backwards { first + count - 1 } else { first }) as isize * step;
+                let shift = (if backwards { first + count.max(1) - 1 } else { first }) as isize * step;
                 let whole = n.next_multiple_of(LANES);
                 let tile = ColumnsMut::of(tile, stride, count, stride);
                 let tile = if backwards { tile.reversed() } else { tile };
@@ -108,7 +108,7 @@ impl Strip<'_, '_> {
             }
             Path::Rows => {
                 let backwards = step < 0;
-                let shift = (if backwards { first + count - 1 } else { first }) as isize * step;
+                let shift = (if backwards { first + count.max(1) - 1 } else { first }) as isize * step;
                 let source = if backwards { source.reversed() } else { source };
                 if E::DTYPE == T::DTYPE {
                     let (base, rows) = self.offsets(OUT, shift, 0, &mut offsets[0]);
@@ -270,7 +270,7 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
     /// Sets what is under False.
     fn masked(&mut self, strip: &Strip, x: &mut [T], (first, count): (usize, usize), to: T) {
         let job = strip.job;
-        let Some(array) = job.bend.mask else { return };
+        let Some(array) = job.bend.mask.filter(|_| count > 0) else { return };
         self.mask.resize(self.mask.len().max(x.len()), 1);
         for (slot, &row) in strip.kept.iter().enumerate() {
             flags(job, array, row, first, &mut self.mask[slot..], count, self.stride);
@@ -595,8 +595,14 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     // Only adjacent rows are in a strip without being kept.
     let left_out = !job.weights.all && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row));
     if left_out || classes == 0 && job.kind == Kind::Loss {
-        // The sum over no classes is 0, and what is left out counts nothing.
-        (0..n).filter(|&slot| classes == 0 || !job.kept(kept[slot])).for_each(|slot| tile.loss[slot] = 0.0);
+        // The sum over no classes is 0, their logsumexp −inf; and what is left out counts nothing.
+        let nothing = if classes == 0 && job.terms.z_loss != 0.0 { f64::INFINITY } else { 0.0 };
+        for slot in 0..n {
+            let keep = job.kept(kept[slot]);
+            if classes == 0 || !keep {
+                tile.loss[slot] = if keep { nothing } else { 0.0 };
+            }
+        }
     }
     if let Some(result) = job.result {
         let values = if job.kind == Kind::Loss { &tile.loss } else { &tile.lse };

@@ -50,8 +50,7 @@ impl Tensor {
         let mut tensor = Self::empty(dtype, layout, shape);
         assert_eq!(values.len(), tensor.len());
         for (i, &x) in values.iter().enumerate() {
-            let bytes = encode(dtype, x);
-            tensor.put(i, &bytes);
+            tensor.put(i, encode(dtype, x));
         }
         tensor
     }
@@ -62,8 +61,7 @@ impl Tensor {
         assert_eq!(values.len(), tensor.len());
         for (i, &x) in values.iter().enumerate() {
             // Two's complement: the low bytes are the same for every width and sign.
-            let bytes = x.to_le_bytes()[..dtype.size()].to_vec();
-            tensor.put(i, &bytes);
+            tensor.put(i, x as u64);
         }
         tensor
     }
@@ -126,32 +124,33 @@ impl Tensor {
         offset as usize
     }
 
-    fn put(&mut self, i: usize, little_endian: &[u8]) {
-        let (offset, swapped) = (self.offset(i), self.swapped);
-        let dst = &mut self.bytes_mut()[offset..offset + little_endian.len()];
-        dst.copy_from_slice(little_endian);
+    fn put(&mut self, i: usize, bits: u64) {
+        let (offset, size, swapped) = (self.offset(i), self.dtype.size(), self.swapped);
+        let dst = &mut self.bytes_mut()[offset..offset + size];
+        dst.copy_from_slice(&bits.to_le_bytes()[..size]);
         if swapped != cfg!(target_endian = "big") {
             dst.reverse();
         }
     }
 
-    fn raw(&self, i: usize) -> Vec<u8> {
-        let offset = self.offset(i);
-        let mut bytes = self.bytes()[offset..offset + self.dtype.size()].to_vec();
+    fn raw(&self, i: usize) -> u64 {
+        let (offset, size) = (self.offset(i), self.dtype.size());
+        let mut bytes = [0; 8];
+        bytes[..size].copy_from_slice(&self.bytes()[offset..offset + size]);
         if self.swapped != cfg!(target_endian = "big") {
-            bytes.reverse();
+            bytes[..size].reverse();
         }
-        bytes
+        u64::from_le_bytes(bytes)
     }
 
     /// The elements in C order, widened exactly.
     pub fn values(&self) -> Vec<f64> {
-        (0..self.len()).map(|i| decode(self.dtype, &self.raw(i))).collect()
+        (0..self.len()).map(|i| decode(self.dtype, self.raw(i))).collect()
     }
 
-    /// The elements' bytes in C order.
-    pub fn bits(&self) -> Vec<u8> {
-        (0..self.len()).flat_map(|i| self.raw(i)).collect()
+    /// The elements' bits in C order.
+    pub fn bits(&self) -> Vec<u64> {
+        (0..self.len()).map(|i| self.raw(i)).collect()
     }
 
     /// All of the memory, guards included.
@@ -202,28 +201,27 @@ impl Tensor {
     }
 }
 
-fn encode(dtype: DType, x: f64) -> Vec<u8> {
+fn encode(dtype: DType, x: f64) -> u64 {
     match dtype {
-        DType::F16 => f16::from_f64(x).to_bits().to_le_bytes().to_vec(),
-        DType::Bf16 => bf16::from_f64(x).to_bits().to_le_bytes().to_vec(),
-        DType::F32 => (x as f32).to_le_bytes().to_vec(),
-        DType::F64 => x.to_le_bytes().to_vec(),
-        _ => (x as i128).to_le_bytes()[..dtype.size()].to_vec(),
+        DType::F16 => f16::from_f64(x).to_bits().into(),
+        DType::Bf16 => bf16::from_f64(x).to_bits().into(),
+        DType::F32 => (x as f32).to_bits().into(),
+        DType::F64 => x.to_bits(),
+        _ => x as i128 as u64,
     }
 }
 
-fn decode(dtype: DType, b: &[u8]) -> f64 {
+fn decode(dtype: DType, bits: u64) -> f64 {
     match dtype {
-        DType::F16 => f16::from_bits(u16::from_le_bytes([b[0], b[1]])).to_f64(),
-        DType::Bf16 => bf16::from_bits(u16::from_le_bytes([b[0], b[1]])).to_f64(),
-        DType::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        DType::F64 => f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
-        _ => {
-            let signed = matches!(dtype, DType::I8 | DType::I16 | DType::I32 | DType::I64);
-            let mut wide = [if signed && b[b.len() - 1] >= 0x80 { 0xff } else { 0 }; 16];
-            wide[..b.len()].copy_from_slice(b);
-            i128::from_le_bytes(wide) as f64
-        }
+        DType::F16 => f16::from_bits(bits as u16).to_f64(),
+        DType::Bf16 => bf16::from_bits(bits as u16).to_f64(),
+        DType::F32 => f64::from(f32::from_bits(bits as u32)),
+        DType::F64 => f64::from_bits(bits),
+        DType::I8 => f64::from(bits as i8),
+        DType::I16 => f64::from(bits as i16),
+        DType::I32 => f64::from(bits as i32),
+        DType::I64 => (bits as i64) as f64,
+        _ => bits as f64,
     }
 }
 

@@ -1,0 +1,4 @@
+//! See the library of this crate.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|case: crossent_fuzz::transforms::Transform| case.check());
