@@ -16,6 +16,7 @@ mod scratch;
 mod source;
 mod strip;
 mod targets;
+mod tiles;
 mod topk;
 mod vjp;
 

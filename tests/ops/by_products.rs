@@ -195,7 +195,7 @@ fn the_same_bits_for_every_number_of_threads() {
                     let mut grad = Tensor::empty(dtype, Layout::C, shape);
                     let target = Grad { out: grad.out(), grad_output: GradOutput::Scalar(1.0) };
                     let mean = ops::kl_divergence(&exec, &p.array(), &q.array(), axis, 2.0, Reduction::Mean, None, Some(&target)).unwrap();
-                    let all: Vec<Vec<u8>> =
+                    let all: Vec<Vec<u64>> =
                         scored.floats.iter().chain(&scored.ints).chain([&best, &order, &grad]).map(Tensor::bits).collect();
                     (mean.to_bits(), all)
                 };

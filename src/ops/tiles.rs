@@ -1,0 +1,164 @@
+//! Into a tile of columns and out of it, for every layout: the arithmetic of a row never sees how it lies in memory.
+
+use crate::array::{Array, Columns, ColumnsMut, Element, Offsets, Out, Rows, RowsMut, Span, SpanMut};
+use crate::kernels::columns::{self, BLOCK};
+use crate::simd::{Isa, Kernel};
+use crate::tunables::tunables;
+
+use super::job::OUT;
+use super::plan::Path;
+use super::scratch::{Work, room};
+use super::source::{gather, scatter};
+use super::strip::Strip;
+
+/// The most lanes of a vector: tiles are filled up to a multiple of it.
+pub(super) const LANES: usize = 16;
+
+impl Strip<'_, '_> {
+    /// The path of an operand for this strip: rows with gaps between them are not columns.
+    fn path(&self, path: Path) -> Path {
+        if path == Path::Columns && !self.run { Path::Gathered } else { path }
+    }
+
+    /// Fills a tile with `count` classes from `first` on of an operand with elements `E`.
+    pub(super) fn fill<E: Element<Acc = T>, T: Work>(
+        &self,
+        array: &Array,
+        operand: usize,
+        path: Path,
+        (first, count): (usize, usize),
+        (tile, stride): (&mut [T], usize),
+        offsets: &mut [Offsets; 3],
+        flat: &mut Vec<T>,
+    ) {
+        let (job, n) = (self.job, self.kept.len());
+        let step = job.classes.inner_stride(operand);
+        let size = size_of::<E>();
+        let path = self.path(path);
+        match path {
+            Path::Columns => {
+                let src = array.columns::<E>(job.rows.offset(operand, self.kept[0]) + first as isize * step, step, count, n);
+                // The next strip, or the next block of this one.
+                let ahead = if count == job.classes.size { (n * size) as isize } else { BLOCK as isize * step };
+                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), ahead));
+            }
+            Path::Rows if count == 2 && self.adjacent(operand, count, size) => {
+                let src = array.span::<E>(job.rows.offset(operand, self.kept[0]), 2 * n);
+                job.level.run(Move::PairsIn(src, ColumnsMut::of(tile, stride, count, stride)));
+            }
+            Path::Rows => {
+                let backwards = step < 0;
+                let shift = (if backwards { first + count.max(1) - 1 } else { first }) as isize * step;
+                let whole = n.next_multiple_of(LANES);
+                let tile = ColumnsMut::of(tile, stride, count, stride);
+                let tile = if backwards { tile.reversed() } else { tile };
+                if E::DTYPE == T::DTYPE {
+                    let (base, rows) = self.offsets(operand, shift, whole, &mut offsets[0]);
+                    let src = array.rows::<T>(base, rows, count);
+                    job.level.run(Move::<T, T>::RowsIn(src, tile));
+                } else {
+                    let flat = room(flat, whole * count);
+                    let (rows, len) = self.flat(operand, shift, count, size, &mut offsets[0]);
+                    job.level.run(Move::<E, T>::Widen(array.rows(rows.0, rows.1, len), SpanMut::of(flat)));
+                    let src = RowsMut::of(flat, offsets[1].run((count * size_of::<T>()) as isize, n, whole), count).read();
+                    job.level.run(Move::<T, T>::RowsIn(src, tile));
+                }
+            }
+            Path::Gathered => {
+                for (slot, &row) in self.kept.iter().enumerate() {
+                    gather(array, operand, &job.classes, job.rows.offset(operand, row), first, &mut tile[slot..], count, stride);
+                }
+            }
+        }
+    }
+
+    /// Writes `count` classes from `first` on of the result from a tile.
+    pub(super) fn empty<E: Element<Acc = T>, T: Work>(
+        &self,
+        out: &Out,
+        (first, count): (usize, usize),
+        (tile, stride): (&[T], usize),
+        offsets: &mut [Offsets; 3],
+        flat: &mut Vec<T>,
+    ) {
+        let (job, n) = (self.job, self.kept.len());
+        let step = job.classes.inner_stride(OUT);
+        let size = size_of::<E>();
+        let source = Columns::of(tile, stride, count, stride);
+        match self.path(job.tile_write) {
+            Path::Columns => {
+                let dst = out.columns::<E>(job.rows.offset(OUT, self.kept[0]) + first as isize * step, step, count, n);
+                // In place the lines are in the cache already.
+                let stream = !job.in_place && job.rows.size * job.classes.size * size >= tunables().stream_columns_from;
+                job.level.run(Move::Out(source, dst, stream));
+            }
+            Path::Rows if count == 2 && self.adjacent(OUT, count, size) => {
+                let dst = out.span::<E>(job.rows.offset(OUT, self.kept[0]), 2 * n);
+                job.level.run(Move::PairsOut(source, dst));
+            }
+            Path::Rows => {
+                let backwards = step < 0;
+                let shift = (if backwards { first + count.max(1) - 1 } else { first }) as isize * step;
+                let source = if backwards { source.reversed() } else { source };
+                if E::DTYPE == T::DTYPE {
+                    let (base, rows) = self.offsets(OUT, shift, 0, &mut offsets[0]);
+                    let dst = out.rows::<T>(base, rows, count);
+                    job.level.run(Move::<T, T>::RowsOut(source, dst));
+                } else {
+                    let flat = room(flat, n * count);
+                    let rows = offsets[1].run((count * size_of::<T>()) as isize, n, n);
+                    job.level.run(Move::<T, T>::RowsOut(source, RowsMut::of(flat, rows, count)));
+                    let (rows, len) = self.flat(OUT, shift, count, size, &mut offsets[0]);
+                    job.level.run(Move::<E, T>::Narrow(Span::of(flat), out.rows(rows.0, rows.1, len)));
+                }
+            }
+            Path::Gathered => {
+                for (slot, &row) in self.kept.iter().enumerate() {
+                    scatter(out, &job.classes, job.rows.offset(OUT, row), first, &tile[slot..], count, stride);
+                }
+            }
+        }
+    }
+}
+
+/// Ways into a tile and out of it.
+pub(super) enum Move<'s, E, T> {
+    /// Adjacent rows.
+    In(Columns<'s, E>, ColumnsMut<'s, T>, isize),
+    Out(Columns<'s, T>, ColumnsMut<'s, E>, bool),
+    /// Adjacent rows of two adjacent classes.
+    PairsIn(Span<'s, E>, ColumnsMut<'s, T>),
+    PairsOut(Columns<'s, T>, SpanMut<'s, E>),
+    /// Adjacent classes.
+    RowsIn(Rows<'s, T>, ColumnsMut<'s, T>),
+    RowsOut(Columns<'s, T>, RowsMut<'s, T>),
+    /// Between half types and rows of the type they are computed in, one behind the other.
+    Widen(Rows<'s, E>, SpanMut<'s, T>),
+    Narrow(Span<'s, T>, RowsMut<'s, E>),
+}
+
+impl<E: Element<Acc = T>, T: Work> Kernel for Move<'_, E, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        match self {
+            Self::In(src, tile, ahead) => columns::copy_in(isa, src, tile, ahead),
+            Self::Out(tile, dst, stream) => columns::copy_out(isa, tile, dst, stream),
+            Self::PairsIn(src, tile) => columns::deinterleave_in(isa, src, tile),
+            Self::PairsOut(tile, dst) => columns::interleave_out(isa, tile, dst),
+            Self::RowsIn(src, tile) => columns::transpose_in(isa, src, tile),
+            Self::RowsOut(tile, dst) => columns::transpose_out(isa, tile, dst),
+            Self::Widen(src, dst) => {
+                for r in 0..src.count() {
+                    columns::widen(isa, src.row(r), dst.part(r * src.len(), src.len()));
+                }
+            }
+            Self::Narrow(src, dst) => {
+                let len = dst.row(0).read().len();
+                for r in 0..dst.count() {
+                    columns::narrow(isa, src.part(r * len, len), dst.row(r));
+                }
+            }
+        }
+    }
+}
