@@ -158,6 +158,12 @@ impl<'a> Array<'a> {
             && self.shape.iter().zip(&self.strides).all(|(&len, &stride)| len <= 1 || stride % size as isize == 0)
     }
 
+    /// Where a byte offset is, inside or not.
+    #[inline(always)]
+    pub fn address(&self, offset: isize) -> *const u8 {
+        self.ptr.wrapping_offset(offset)
+    }
+
     /// Panics unless `n` elements `stride` bytes apart from `offset` on lie inside.
     #[inline(always)]
     fn check(&self, offset: isize, stride: isize, n: usize) {
@@ -269,7 +275,8 @@ impl<'a> Array<'a> {
         unsafe { core::ptr::copy_nonoverlapping(self.ptr.offset(offset), dst.as_mut_ptr(), n) }
     }
 
-    /// Reads class indices: those equal to `ignore` become `none`. Gives the position of the first that is not below `limit`, and whether any is ignored.
+    /// Reads class indices, each once: those equal to `ignore` become `none`, the lowest number. Gives one that is not below `limit` with its position,
+    /// and whether any is ignored.
     #[inline(always)]
     pub(crate) fn read_classes(
         &self,
@@ -281,7 +288,7 @@ impl<'a> Array<'a> {
         none: i64,
         dst: &mut [i64],
         step: usize,
-    ) -> (Option<usize>, bool) {
+    ) -> (Option<(usize, i128)>, bool) {
         self.check(offset, stride, n);
         if n == 0 {
             return (None, false);
@@ -312,8 +319,7 @@ impl<'a> Array<'a> {
                     let outside = !ignored & (x as i64 as u64 >= limit as u64);
                     bad |= outside;
                     any |= ignored;
-                    let class = if outside { i64::MIN } else { x as i64 };
-                    dst[i * $step] = if ignored { none } else { class };
+                    dst[i * $step] = if ignored { none } else { x as i64 };
                 }
                 (bad, any)
             }};
@@ -327,9 +333,16 @@ impl<'a> Array<'a> {
             DType::U16 => copy!(u16),
             DType::U32 => copy!(u32),
             DType::U64 => copy!(u64),
-            _ => return (Some(0), false),
+            _ => return (Some((0, 0)), false),
         };
-        (if bad { (0..n).find(|&i| dst[i * step] == i64::MIN) } else { None }, any)
+        let wrong = || {
+            // One that is as low as `none` is found when there is no other; where it stood matters less than what it was.
+            let outside = (0..n).find(|&i| dst[i * step] != none && dst[i * step] as u64 >= limit as u64);
+            let at = outside.or_else(|| (0..n).find(|&i| dst[i * step] == none)).unwrap_or(0);
+            let class = dst[at * step];
+            (at, if self.dtype == DType::U64 { i128::from(class as u64) } else { i128::from(class) })
+        };
+        (bad.then(wrong), any)
     }
 
     /// The element at a byte offset.

@@ -9,8 +9,8 @@ use crate::simd::{Isa, Kernel, Level};
 use super::api::{Error, LossOptions, Target};
 use super::plan::Axes;
 
-/// Marks an entry without a class.
-pub const NONE: i64 = -1;
+/// Marks an entry without a class: a number that no argument is likely to have.
+pub const NONE: i64 = i64::MIN;
 
 /// Checked targets: `entries` classes per row with their shares.
 #[derive(Debug, Default)]
@@ -106,8 +106,7 @@ pub(super) fn classes(
             // Integers are the same on every level.
             let (bad, ignored) = Level::best().run(Read { array, run: (from, stride, some), classes, ignore, dst, step });
             whole &= !ignored;
-            if let Some(bad) = bad {
-                let value = array.get(from + bad as isize * stride);
+            if let Some((bad, value)) = bad {
                 failure = Some(Error::TargetOutOfBounds { argument, position: start + i + bad, value });
             }
             i += some;
@@ -127,9 +126,9 @@ struct Read<'s, 'a> {
 }
 
 impl Kernel for Read<'_, '_> {
-    type Output = (Option<usize>, bool);
+    type Output = (Option<(usize, i128)>, bool);
     #[inline(always)]
-    fn run<S: Isa>(self, _isa: S) -> (Option<usize>, bool) {
+    fn run<S: Isa>(self, _isa: S) -> (Option<(usize, i128)>, bool) {
         let (offset, stride, n) = self.run;
         self.array.read_classes(offset, stride, n, self.classes, self.ignore, NONE, self.dst, self.step)
     }
