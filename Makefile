@@ -94,6 +94,19 @@ deny: ## licences, duplicates, sources and advisories of the dependencies (cargo
 test-neon: ## a Rust suite on NEON, emulated on other machines: the instruction set, or ARGS="--test math" and others
 	tools/test-neon.sh $(if $(ARGS),$(ARGS),--test simd)
 
+.PHONY: fuzz
+fuzz: ## fuzz the core with libFuzzer, 3.4 million executions per target or ARGS of them (cargo-fuzz)
+	tools/fuzz.sh $(ARGS)
+
+.PHONY: asan
+asan: ## the Rust tests under AddressSanitizer, or ARGS="--test ops" of them
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DIR=target/asan \
+		$(CARGO) test --locked --target "$$(rustc -vV | sed -n 's/^host: //p')" $(if $(ARGS),$(ARGS),--lib --tests)
+
+.PHONY: memcheck
+memcheck: ## the Rust tests of the core under valgrind, which has AVX2 but not AVX-512: minutes
+	tools/memcheck.sh $(ARGS)
+
 .PHONY: format
 format: .venv-check/.ready ## rewrite the sources in the house format
 	$(CARGO) fmt

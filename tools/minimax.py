@@ -140,6 +140,25 @@ def log_polynomial(bits, count):
     )
 
 
+def tanh_polynomial(bits, count):
+    """tanh(x)/x = 1 + z (c0 + c1 z + ...) with z = x^2, for |x| <= 5/8, relative error."""
+
+    def ratio(z):
+        x = mp.sqrt(z)
+        return mp.tanh(x) / x if z else mpf(1)
+
+    return polynomial(
+        bits,
+        range(1, count + 1),
+        mpf(0),
+        mpf(25) / 64,
+        fixed=lambda z: mpf(1),
+        term=lambda z, d: z**d,
+        function=ratio,
+        weight=lambda z: 1 / ratio(z),
+    )
+
+
 def split(x, bits):
     """x as an unevaluated sum of two numbers of `bits` bits."""
     hi = round_to(x, bits)
@@ -164,6 +183,8 @@ def constants():
         yield name, "LN2", split(mp.log(2), bits), None
         values, error = log_polynomial(bits, {24: 3, 53: 7}[bits])
         yield name, "LOG", values, error
+        values, error = tanh_polynomial(bits, {24: 5, 53: 12}[bits])
+        yield name, "TANH", values, error
     yield "f64", "LOG2_E", split(1 / mp.log(2), 53), None
 
 
