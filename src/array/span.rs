@@ -221,6 +221,14 @@ impl Half<'_> {
             Self::Bf16(span) => Self::Bf16(span.part(start, len)),
         }
     }
+    /// Where it begins.
+    #[inline(always)]
+    pub fn address(self) -> *const u8 {
+        match self {
+            Self::F16(span) => span.address(0),
+            Self::Bf16(span) => span.address(0),
+        }
+    }
     /// As [`Span::nth`].
     #[must_use]
     #[inline(always)]

@@ -266,23 +266,13 @@ pub struct Reduce<'a, T> {
 /// Reads every class into the row states of `tile`. The exponentials replace the logits of the tile, if they are to be kept.
 #[inline(always)]
 pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
-    match (job.linear.0, job.store) {
-        (false, false) => reduce_as::<S, T, false, false>(isa, job, tile),
-        (false, true) => reduce_as::<S, T, false, true>(isa, job, tile),
-        (true, false) => reduce_as::<S, T, true, false>(isa, job, tile),
-        (true, true) => reduce_as::<S, T, true, true>(isa, job, tile),
-    }
-}
-
-#[inline(always)]
-fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job: Reduce<T>, tile: &mut Tile) {
     let step = Vf::<S, T>::LANES;
-    let Reduce { scale, classes, width, stride, x, dense, shared, linear, blocks, .. } = job;
+    let Reduce { scale, classes, width, stride, x, dense, shared, linear, store, blocks } = job;
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let zero = splat::<S, T>(isa, 0.0);
     let empty = State { max: Vf::<S, T>::splat(isa, T::NEG_INF), ties: zero, k: exp.reference(zero), b: zero, rest: Wide::zero(isa) };
     let none = Linear::<S, T> { arg: zero, lin: Wide::zero(isa), t_rest: Wide::zero(isa), t_top: Wide::zero(isa) };
-    let one_block = classes <= BLOCK;
+    let (lin, one_block) = (linear.0, classes <= BLOCK);
     let depth = block_of(classes);
     let width = width.next_multiple_of(step);
     let mut from = 0;
@@ -307,11 +297,16 @@ fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job
             // Two loops: each is short enough for the processor to have several groups in flight.
             for group in 0..wide / step {
                 let (state, linear) = (&mut states[group], &mut linears[group]);
-                raise::<S, T, LIN>(isa, &exp, scale, block.read(), first, at + group * step, state, linear);
+                raise::<S, T>(isa, &exp, scale, block.read(), first, at + group * step, state, stream.is_some().then_some(linear));
             }
             for group in 0..wide / step {
-                let (state, linear) = (&mut states[group], &mut linears[group]);
-                sum_block::<S, T, LIN, STORE>(isa, &exp, block, first, at + group * step, stream, state, linear);
+                let (state, linear, at) = (&mut states[group], &mut linears[group], at + group * step);
+                match (stream.is_some(), store) {
+                    (false, false) => sum_block::<S, T, false, false>(isa, &exp, block, first, at, stream, state, linear),
+                    (false, true) => sum_block::<S, T, false, true>(isa, &exp, block, first, at, stream, state, linear),
+                    (true, false) => sum_block::<S, T, true, false>(isa, &exp, block, first, at, stream, state, linear),
+                    (true, true) => sum_block::<S, T, true, true>(isa, &exp, block, first, at, stream, state, linear),
+                }
             }
             first += count;
             if first >= classes {
@@ -325,7 +320,7 @@ fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job
             T::store_wide(isa, state.k, SpanMut::of(&mut tile.k), j);
             T::store_wide(isa, state.b, SpanMut::of(&mut tile.b), j);
             T::store_columns(isa, state.rest, SpanMut::of(&mut tile.rest), j);
-            if LIN {
+            if lin {
                 T::store_wide(isa, linear.arg, SpanMut::of(&mut tile.arg), j);
                 T::store_columns(isa, linear.lin, SpanMut::of(&mut tile.lin), j);
                 T::store_columns(isa, linear.t_rest, SpanMut::of(&mut tile.t_rest), j);
@@ -338,7 +333,7 @@ fn reduce_as<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(isa: S, job
 
 /// Takes the maximum of a block into a state.
 #[inline(always)]
-fn raise<S: Isa, T: Summand, const LIN: bool>(
+fn raise<S: Isa, T: Summand>(
     isa: S,
     exp: &Exp<Vf<S, T>>,
     scale: f64,
@@ -346,7 +341,7 @@ fn raise<S: Isa, T: Summand, const LIN: bool>(
     first: usize,
     j: usize,
     state: &mut State<S, T>,
-    linear: &mut Linear<S, T>,
+    linear: Option<&mut Linear<S, T>>,
 ) {
     let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
     let classes = x.classes();
@@ -370,7 +365,7 @@ fn raise<S: Isa, T: Summand, const LIN: bool>(
     let near = Vf::<S, T>::select(far, Vf::<S, T>::splat(isa, T::ZERO), finite);
     let (k, b) = (exp.reference(near), finite - near);
     if first > 0 && state.max.lt(max).any() {
-        grow::<S, T, LIN>(isa, exp, scale, max, (k, b), state, linear);
+        grow::<S, T>(isa, exp, scale, max, (k, b), state, linear);
     }
     (state.max, state.k, state.b) = (max, k, b);
 }
@@ -450,14 +445,14 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
 
 /// Moves a state to a larger maximum: what was the maximum joins the rest.
 #[inline(always)]
-fn grow<S: Isa, T: Summand, const LIN: bool>(
+fn grow<S: Isa, T: Summand>(
     isa: S,
     exp: &Exp<Vf<S, T>>,
     scale: f64,
     max: Vf<S, T>,
     (k, b): (Vf<S, T>, Vf<S, T>),
     state: &mut State<S, T>,
-    linear: &mut Linear<S, T>,
+    linear: Option<&mut Linear<S, T>>,
 ) {
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
     let grew = state.max.lt(max);
@@ -491,7 +486,7 @@ fn grow<S: Isa, T: Summand, const LIN: bool>(
     let old = exp.exp2(floor::<S, T>(isa, scale, max, b).max(state.max - b), k);
     T::add(isa, &mut state.rest, Vf::<S, T>::select(grew, state.ties * old, zero));
     state.ties = Vf::<S, T>::select(grew, zero, state.ties);
-    if LIN {
+    if let Some(linear) = linear {
         let (mut joined, stays) = (linear.t_top, Vf::<S, T>::select(grew, zero, one));
         T::scale_columns(isa, &mut joined, Vf::<S, T>::select(grew, one, zero));
         T::scale_columns(isa, &mut linear.t_top, stays);

@@ -16,6 +16,7 @@ use crate::array::{Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
 use super::math::{Real, polynomial};
+use super::rows::ask;
 use super::scan::BLOCK;
 use super::scan::{Constants, Lanes, Raised, Softmax, ln_1p, stretch};
 use super::state::{Pair, Summand, Wide, exp_f64, splat};
@@ -371,6 +372,10 @@ fn pass<S: Isa, T: Real>(
     let (x, next) = (x.map(|x| x.part(0, len)), next.map(|x| x.part(0, len)));
     for k in 0..len / group {
         let (x, next) = (x.map(|x| x.nth(k, group)), next.map(|x| x.nth(k, group)));
+        for next in next {
+            ask(isa, next, 0);
+            ask(isa, next, step);
+        }
         add(constants, at, shift, x.map(|x| x.load(isa, 0)), next.map(|x| x.load(isa, 0)), &mut a);
         add(constants, at, shift, x.map(|x| x.load(isa, step)), next.map(|x| x.load(isa, step)), &mut b);
     }

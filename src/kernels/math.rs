@@ -28,7 +28,7 @@
 #![allow(clippy::approx_constant)]
 
 use crate::array::{DType, Element, Float};
-use crate::simd::{Isa, Level, Vector};
+use crate::simd::{Isa, Level, Mask, Vector};
 
 /// The part of 1/ln 2 = log2 e that a float64 holds, and the rest. `tools/minimax.py`.
 const LOG2_E: [f64; 2] = [1.442_695_040_888_963_4, 2.035_527_374_093_103_3e-17];
@@ -61,6 +61,8 @@ pub trait Real: Float {
     const EXPM1: &'static [Self];
     /// ln 2 in two parts.
     const LN2: [Self; 2];
+    /// `tanh(x)/x = 1 + z·(c0 + c1·z + …)`, z = x², for |x| up to [`TANH_NEAR`].
+    const TANH: &'static [Self];
     /// `(2·atanh(s) − 2s)/s = z·(c0 + c1·z + …)`, z = s², for (1+s)/(1−s) in [sqrt(1/2), sqrt(2)].
     const LOG: &'static [Self];
 }
@@ -103,6 +105,8 @@ impl Real for f32 {
     // Error 2^-31.1.
     const EXPM1: &'static [f32] = &[0.5, 0.166_666_66, 0.041_666_493, 0.008_333_544, 0.001_393_234, 0.000_197_634_3];
     const LN2: [f32; 2] = [0.693_147_2, -1.904_654_2e-9];
+    // Error 2^-27.6.
+    const TANH: &'static [f32] = &[-0.333_332_93, 0.133_316_55, -0.053_753_957, 0.020_678_341, -0.005_743_253];
     // Error 2^-30.2.
     const LOG: &'static [f32] = &[0.666_667_76, 0.399_775_74, 0.298_712_34];
 }
@@ -183,6 +187,21 @@ impl Real for f64 {
         2.090_382_972_583_046e-9,
     ];
     const LN2: [f64; 2] = [0.693_147_180_559_945_3, 2.319_046_813_846_299_6e-17];
+    // Error 2^-58.8.
+    const TANH: &'static [f64] = &[
+        -0.333_333_333_333_333_26,
+        0.133_333_333_333_312_15,
+        -0.053_968_253_966_685_27,
+        0.021_869_488_482_671_205,
+        -0.008_863_234_498_641_716,
+        0.003_592_115_589_581_911_4,
+        -0.001_455_735_003_715_830_7,
+        0.000_589_486_816_410_394_3,
+        -0.000_237_103_145_303_355_43,
+        9.171_343_343_858_29e-5,
+        -3.034_180_559_139_204_6e-5,
+        6.111_288_722_059_58e-6,
+    ];
     // Error 2^-59.0.
     const LOG: &'static [f64] = &[
         0.666_666_666_666_671,
@@ -477,9 +496,13 @@ where
     tanh_sech2(isa, x).0
 }
 
+/// Up to here `tanh` is a polynomial, a third of the work.
+pub const TANH_NEAR: f64 = 0.625;
+
 /// `tanh(x)` and its derivative `1 − tanh²(x)`, which keeps its digits where tanh is near ±1.
 ///
-/// With u = exp(−2|x|): `tanh|x| = (1 − u)/(1 + u)` and `1 − tanh² = 4u/(1 + u)²`. 1 − u and 1 + u are carried in two parts.
+/// Beyond [`TANH_NEAR`], with u = exp(−2|x|): `tanh|x| = (1 − u)/(1 + u)` and `1 − tanh² = 4u/(1 + u)²`. 1 − u and 1 + u are carried in two
+/// parts. Which of the two a lane gets depends on itself alone.
 #[inline(always)]
 pub fn tanh_sech2<V: Vector>(isa: V::Isa, x: V) -> (V, V)
 where
@@ -498,6 +521,24 @@ where
 
 #[inline(always)]
 fn tanh_sech2_here<V: Vector>(isa: V::Isa, x: V) -> (V, V)
+where
+    V::Elem: Real,
+{
+    let z = x * x;
+    let t = (x * z).mul_add(polynomial(isa, V::Elem::TANH, z), x);
+    // Also keeps the sign of zero.
+    let t = V::select(x.abs().le(V::splat(isa, V::Elem::TANH_TINY)), x, t);
+    let sech2 = t.neg_mul_add(t, V::splat(isa, V::Elem::ONE));
+    let far = V::splat(isa, V::Elem::from_f64(TANH_NEAR)).lt(x.abs());
+    if !far.any() {
+        return (t, sech2);
+    }
+    let (far_t, far_sech2) = tanh_sech2_far(isa, x);
+    (V::select(far, far_t, t), V::select(far, far_sech2, sech2))
+}
+
+#[inline(always)]
+fn tanh_sech2_far<V: Vector>(isa: V::Isa, x: V) -> (V, V)
 where
     V::Elem: Real,
 {
@@ -525,8 +566,6 @@ where
     let rest = t.mul_add(plus_rest, t.mul_add(plus, minus)) + minus_rest;
     let t = rest.neg_mul_add(inverse, t);
     let t = V::select(x.lt(zero), -t, t);
-    // Also keeps the sign of zero.
-    let t = V::select(x.abs().le(V::splat(isa, V::Elem::TANH_TINY)), x, t);
     // 4u as e^r·2^(n + 2), which is normal as long as the result is.
     let power = one.scale2(n + two);
     let error = inverse.neg_mul_add(plus_rest, inverse.neg_mul_add(plus, one));

@@ -32,6 +32,10 @@ pub enum Input<'a, T> {
         scratch: &'a mut [T],
         /// Classes in the row.
         classes: usize,
+        /// Where the row stands that blocks are made of, and bytes per class there; or any address.
+        from: (*const u8, usize),
+        /// Where its mask stands, of one byte per class, if it has one.
+        mask: Option<*const u8>,
     },
     /// Halves, which are widened block by block, each in the loop over the block before it.
     Half {
@@ -70,24 +74,58 @@ pub(super) struct Ahead<'a, T> {
     block: Span<'a, T>,
     /// What is to be widened into the block.
     from: Option<(Half<'a>, SpanMut<'a, T>)>,
+    /// What is read later still, and asked for meanwhile.
+    later: *const u8,
+    /// The same of one byte per class.
+    mask: Option<*const u8>,
+}
+
+/// How far ahead of the next block memory is asked for: two pages, for the processor's own prefetching ends with the page.
+const LATER: usize = 8192;
+
+/// Asks for what stands so far behind element `i`, of a run whose elements are read in order.
+#[inline(always)]
+pub(super) fn ask<S: Isa, T: Element>(isa: S, x: Span<T>, i: usize) {
+    if (i * size_of::<T>()).is_multiple_of(64) {
+        isa.prefetch(x.address(i).wrapping_add(LATER));
+    }
 }
 
 impl<'a, T: Real> Ahead<'a, T> {
     #[inline(always)]
     pub(super) fn of(block: Span<'a, T>) -> Self {
-        Self { block, from: None }
+        Self { block, from: None, later: block.address(0).wrapping_add(LATER), mask: None }
     }
     #[inline(always)]
     pub(super) fn half(from: Half<'a>, to: SpanMut<'a, T>) -> Self {
-        Self { block: to.read(), from: Some((from, to)) }
+        Self { block: to.read(), from: Some((from, to)), later: from.address().wrapping_add(LATER), mask: None }
     }
     #[inline(always)]
     fn part(self, start: usize, len: usize) -> Self {
-        Self { block: self.block.part(start, len), from: self.from.map(|(half, to)| (half.part(start, len), to.part(start, len))) }
+        let from = self.from.map(|(half, to)| (half.part(start, len), to.part(start, len)));
+        let mask = self.mask.map(|mask| mask.wrapping_add(start));
+        Self { block: self.block.part(start, len), from, later: self.later.wrapping_add(start * self.size()), mask }
     }
     #[inline(always)]
     fn nth(self, k: usize, size: usize) -> Self {
-        Self { block: self.block.nth(k, size), from: self.from.map(|(half, to)| (half.nth(k, size), to.nth(k, size))) }
+        let from = self.from.map(|(half, to)| (half.nth(k, size), to.nth(k, size)));
+        let mask = self.mask.map(|mask| mask.wrapping_add(k * size));
+        Self { block: self.block.nth(k, size), from, later: self.later.wrapping_add(k * size * self.size()), mask }
+    }
+    /// Bytes per class in memory.
+    #[inline(always)]
+    fn size(self) -> usize {
+        if self.from.is_some() { 2 } else { size_of::<T>() }
+    }
+    /// Asks for what is as far behind as element `i` is in the block.
+    #[inline(always)]
+    fn ask<S: Isa>(self, isa: S, i: usize) {
+        if (i * self.size()).is_multiple_of(64) {
+            isa.prefetch(self.later.wrapping_add(i * self.size()));
+        }
+        if let (0, Some(mask)) = (i, self.mask) {
+            isa.prefetch(mask);
+        }
     }
     /// What is to be widened.
     #[inline(always)]
@@ -107,7 +145,7 @@ impl<'a, T: Real> Ahead<'a, T> {
             (BF16, Some((Half::Bf16(half), to))) => Some((Half::Bf16(half), to)),
             _ => unreachable!("asked for after `kind`"),
         };
-        Self { block: self.block, from }
+        Self { from, ..self }
     }
     /// A vector from element `i` on, of a block whose kind is known.
     #[inline(always)]
@@ -188,7 +226,7 @@ impl<'a, T: Real> Input<'a, T> {
                 };
                 (this.read(), ahead)
             }
-            Self::Made { fill, scratch, classes } => {
+            Self::Made { fill, scratch, classes, from, mask } => {
                 let len = |index: usize| BLOCK.min(classes.saturating_sub(index * BLOCK));
                 let (even, odd) = scratch.split_at_mut(BLOCK);
                 let (this, other) = if index.is_multiple_of(2) { (even, odd) } else { (odd, even) };
@@ -199,7 +237,9 @@ impl<'a, T: Real> Input<'a, T> {
                 if !next.is_empty() {
                     fill(index + 1, next);
                 }
-                (Span::of(&this[..len(index)]), Ahead::of(Span::of(next)))
+                let later = from.0.wrapping_add((index + 2) * BLOCK * from.1);
+                let mask = mask.map(|mask| mask.wrapping_add((index + 2) * BLOCK));
+                (Span::of(&this[..len(index)]), Ahead { later, mask, ..Ahead::of(Span::of(next)) })
             }
         }
     }
@@ -392,6 +432,7 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, co
             let (x, next) = (x.nth(k, group), next.nth(k, group));
             let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if STORE { dst.nth(k, group) } else { dst });
             for u in 0..4 {
+                next.ask(isa, u * step);
                 // In this order a NaN is passed over; it comes back through the sum.
                 max[u & own] = next.load(isa, u * step).max(max[u & own]);
                 let v = x.load(isa, u * step);
@@ -548,7 +589,7 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
         let rare = far || tops || lin || S::LEVEL == Level::Scalar;
         // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and widen in the usual ways only.
         let fused = next.block.len() >= block.len() && !(rare && next.kind() != WIDE);
-        let (ahead, seen) = if fused { (next, block.len()) } else { (Ahead::of(block), 0) };
+        let (ahead, seen) = if fused { (next, block.len()) } else { (Ahead { later: next.later, mask: next.mask, ..Ahead::of(block) }, 0) };
         let kind = ahead.kind();
         let mut top = Vf::<S, T>::splat(isa, T::NEG_INF);
         while from < block.len() {

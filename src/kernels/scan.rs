@@ -5,7 +5,7 @@ use crate::array::{Float, Span, Vf, lanes};
 use crate::simd::{Isa, Level, Mask, Scalar, Vector};
 
 use super::math::{Anchored, Exp, Real, log1p};
-use super::rows::block_max;
+use super::rows::{ask, block_max};
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: no more than float32 lanes may sum and keep the digits of a divergence.
@@ -325,6 +325,7 @@ fn pass<S: Isa, T: Real, const SPREAD: bool>(
     for k in 0..len / group {
         let (x, next) = (x.nth(k, group), next.nth(k, group));
         for u in 0..4 {
+            ask(isa, next, u * step);
             // In this order a NaN is passed over; it comes back through the sum.
             max[u] = next.load(isa, u * step).max(max[u]);
             add::<S, T, SPREAD>(constants, at, x.load(isa, u * step), &mut rest[u], &mut spread[u]);

@@ -2,7 +2,7 @@
 //!
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Array, Columns, ColumnsMut, DType, Element, Offsets, Out, Span, Vf};
+use crate::array::{Array, Columns, ColumnsMut, DType, Element, Offsets, Out, Span, SpanMut, Vf};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Reduce};
 use crate::kernels::few::{self, Few};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
@@ -13,7 +13,7 @@ use super::api::Exec;
 use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
 use super::plan::Path;
 use super::scratch::{Buffers, SCRATCH, Scratch, Work, room};
-use super::source::{Masked, Product, dense_row, flags, gather, row_spread, shared_stream, softcap, unbend_patches};
+use super::source::{Masked, dense_row, flags, gather, multiply, row_spread, shared_stream, softcap, unbend_patches};
 use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 use super::tiles::{LANES, Move};
@@ -110,9 +110,18 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
         }
         let x = &mut x[..classes.1 * self.stride];
         if let Some(cap) = job.bend.softcap {
-            softcap(job.level, cap, false, x);
+            self.lines(strip, x, |x| softcap(job.level, cap, false, x));
         }
         self.masked(strip, x, classes, T::NEG_INF);
+    }
+
+    /// The kept rows of each class, all at once where nothing lies between.
+    fn lines(&self, strip: &Strip, x: &mut [T], mut work: impl FnMut(&mut [T])) {
+        let rows = strip.kept.len();
+        if rows == self.stride {
+            return work(x);
+        }
+        x.chunks_mut(self.stride).for_each(|line| work(&mut line[..rows]));
     }
 
     /// Sets what is under False.
@@ -123,7 +132,9 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
         for (slot, &row) in strip.kept.iter().enumerate() {
             flags(job, array, row, first, &mut self.mask[slot..], count, self.stride);
         }
-        job.level.run(Masked { mask: &self.mask, to, x, ahead: core::ptr::null() });
+        let n = self.mask.len().min(x.len());
+        let dst = SpanMut::of(x).part(0, n);
+        job.level.run(Masked { mask: &self.mask, to, x: dst.read(), dst, ahead: core::ptr::null() });
     }
 
     /// Multiplies gradients by what bending did to the logits. Read before the logits are overwritten.
@@ -134,8 +145,8 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
             let mut slope = core::mem::take(self.slope);
             let factors = room(&mut slope, gradient.len());
             strip.fill::<E, T>(job.x, X, job.tile_read, classes, (&mut *factors, self.stride), self.offsets, self.flat);
-            softcap(job.level, cap, true, factors);
-            job.level.run(Product { x: &mut *gradient, by: factors });
+            self.lines(strip, factors, |factors| softcap(job.level, cap, true, factors));
+            multiply(job.level, gradient, factors);
             *self.slope = slope;
         }
         self.masked(strip, gradient, classes, T::ZERO);

@@ -15,7 +15,7 @@ use crate::tunables::tunables;
 
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::source::{dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
+use super::source::{Product, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
 use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 
@@ -239,12 +239,18 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         } else if let Some(this) = half(row) {
             Input::Half { row: this, after: kept.get(slot + 1).copied().or(next).and_then(half), scratch: copy }
         } else {
-            Input::Made { fill: &mut fill, scratch: copy, classes }
+            let from = if job.lines { job.x.address(job.rows.offset(X, row)) } else { copy.as_ptr().cast() };
+            let mask = job.bend.mask.filter(|_| job.classes.is_line() && job.classes.inner_stride(MASK) == 1);
+            let mask = mask.map(|mask| mask.address(job.rows.offset(MASK, row)));
+            Input::Made { fill: &mut fill, scratch: copy, classes, from: (from, job.x.dtype().size()), mask }
         };
         let t = match (terms.dense && job.kind == Kind::Loss, own) {
             (false, _) => Input::None,
             (true, false) => Input::row(Span::of(&shared[..classes])),
-            (true, true) => Input::Made { fill: &mut fill_dense, scratch: dense, classes },
+            (true, true) => {
+                let from = (dense.as_ptr().cast(), 0);
+                Input::Made { fill: &mut fill_dense, scratch: dense, classes, from, mask: None }
+            }
         };
         // The logits of one or two targets are read with their blocks.
         let (mut classes_of, mut entries) = ([0; 2], 0);
@@ -381,12 +387,18 @@ impl Results<'_, '_, '_> {
 
 /// Finishes a block of gradients in scratch and writes it where it belongs.
 fn unbend_and_write<E: Element<Acc = T>, T: Work>(job: &Job, out: &Out, row: usize, start: usize, slopes: &[T], block: &mut [T]) {
+    let base = job.rows.offset(OUT, row);
+    let direct = job.direct_out.then(|| out.span::<E>(base + (start * size_of::<E>()) as isize, block.len()));
+    if let Some(dst) = direct
+        && job.bend.mask.is_none()
+        && !slopes.is_empty()
+    {
+        return job.level.run(Product { x: Span::of(block), by: Span::of(slopes), dst });
+    }
     if job.bend.is_some() {
         unbend(job, row, start, slopes, block);
     }
-    let base = job.rows.offset(OUT, row);
-    if job.direct_out {
-        let dst = out.span::<E>(base + (start * size_of::<E>()) as isize, block.len());
+    if let Some(dst) = direct {
         job.level.run(Narrow { src: Span::of(block), dst });
     } else {
         scatter(out, &job.classes, base, start, block, block.len(), 1);

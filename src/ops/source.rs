@@ -4,9 +4,9 @@
 use crate::array::{Array, DType, Element, Float, FromNumber, Out, Span, SpanMut, Vf};
 use crate::kernels::columns;
 use crate::kernels::finish::{Tile, WIDTH};
-use crate::kernels::math::tanh_sech2;
+use crate::kernels::math::{Real, TANH_NEAR, tanh_sech2};
 use crate::kernels::rows;
-use crate::simd::{Isa, Kernel, Level, Vector};
+use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 
 use super::job::{Job, MASK, OUT, PROBS, X};
 use super::plan::Axes;
@@ -25,36 +25,71 @@ impl Bend<'_> {
     }
 }
 
-/// `cap·tanh(x/cap)` of a run in place, or the derivative 1 − tanh² there; or the one in place and the other in `slopes`, if there is room.
+/// `cap·tanh(x/cap)` of a run, or the derivative 1 − tanh² there; or the one and the other in `slopes`, if there is room.
 struct Softcap<'a, T> {
     cap: f64,
     slope: bool,
-    x: &'a mut [T],
+    x: Span<'a, T>,
+    /// May be where x is.
+    dst: SpanMut<'a, T>,
     slopes: &'a mut [T],
+}
+
+/// A cap as vectors.
+#[derive(Clone, Copy)]
+struct Cap<V> {
+    c: V,
+    inverse: V,
+    near: V,
+}
+
+impl<V: Vector> Cap<V>
+where
+    V::Elem: Real,
+{
+    #[inline(always)]
+    fn new(isa: V::Isa, cap: f64) -> Self {
+        let splat = |x: f64| V::splat(isa, V::Elem::from_f64(x));
+        let inverse = 1.0 / V::Elem::from_f64(cap).to_f64();
+        // Without an inverse nothing is near, not even 0.
+        Self { c: splat(cap), inverse: splat(inverse), near: splat(if inverse.is_finite() { cap * TANH_NEAR } else { -1.0 }) }
+    }
+    /// `cap·tanh(x/cap)` and its derivative.
+    #[inline(always)]
+    fn both(self, isa: V::Isa, x: V) -> (V, V) {
+        // A product and what it leaves, for less than a division.
+        let y = x * self.inverse;
+        let y = y.neg_mul_add(self.c, x).mul_add(self.inverse, y);
+        let far = self.near.lt(x.abs());
+        let y = if far.any() { V::select(far, x / self.c, y) } else { y };
+        let (tanh, sech2) = tanh_sech2(isa, y);
+        (tanh * self.c, sech2)
+    }
 }
 
 impl<T: Work> Kernel for Softcap<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        let step = Vf::<S, T>::LANES;
-        let cap = Vf::<S, T>::splat(isa, T::from_f64(self.cap));
-        let (span, slopes) = (SpanMut::of(self.x), SpanMut::of(self.slopes));
-        let mut i = 0;
-        while i < span.read().len() {
-            let n = step.min(span.read().len() - i);
-            let x = if n == step { span.read().load(isa, i) } else { span.read().load_partial(isa, i, n, T::ZERO) };
-            let (tanh, sech2) = tanh_sech2(isa, x / cap);
-            let y = if self.slope { sech2 } else { tanh * cap };
-            for (dst, v) in [(span, y), (slopes, sech2)] {
-                if dst.read().is_empty() {
-                } else if n == step {
-                    dst.store(isa, i, v);
-                } else {
-                    dst.store_partial(isa, i, n, v);
-                }
+        let (step, len) = (Vf::<S, T>::LANES, self.x.len());
+        let cap = Cap::<Vf<S, T>>::new(isa, self.cap);
+        let dst = self.dst.part(0, len);
+        let slopes = (!self.slopes.is_empty()).then(|| SpanMut::of(self.slopes).part(0, len));
+        for k in 0..len / step {
+            isa.prefetch(self.x.address(len + k * step));
+            let (y, slope) = cap.both(isa, self.x.nth(k, step).load(isa, 0));
+            dst.nth(k, step).store(isa, 0, if self.slope { slope } else { y });
+            if let Some(slopes) = slopes {
+                slopes.nth(k, step).store(isa, 0, slope);
             }
-            i += n;
+        }
+        let (i, left) = (len / step * step, len % step);
+        if left > 0 {
+            let (y, slope) = cap.both(isa, self.x.load_partial(isa, i, left, T::ZERO));
+            dst.store_partial(isa, i, left, if self.slope { slope } else { y });
+            if let Some(slopes) = slopes {
+                slopes.store_partial(isa, i, left, slope);
+            }
         }
     }
 }
@@ -63,13 +98,15 @@ impl<T: Work> Kernel for Softcap<'_, T> {
 /// x/cap.
 pub(super) fn softcap<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T]) {
     if keeps_its_digits::<T>(cap) {
-        return level.run(Softcap { cap, slope, x, slopes: &mut [] });
+        let dst = SpanMut::of(x);
+        return level.run(Softcap { cap, slope, x: dst.read(), dst, slopes: &mut [] });
     }
     let mut wide = [0.0_f64; rows::BLOCK];
     for x in x.chunks_mut(rows::BLOCK) {
         let wide = &mut wide[..x.len()];
         wide.iter_mut().zip(x.iter()).for_each(|(wide, x)| *wide = x.to_f64());
-        level.run(Softcap { cap, slope, x: &mut *wide, slopes: &mut [] });
+        let dst = SpanMut::of(&mut *wide);
+        level.run(Softcap { cap, slope, x: dst.read(), dst, slopes: &mut [] });
         x.iter_mut().zip(wide.iter()).for_each(|(x, &wide)| *x = T::from_f64(wide));
     }
 }
@@ -126,11 +163,13 @@ pub(super) fn line_of<E: Element<Acc = T>, T: Work>(level: Level, array: &Array,
     true
 }
 
-/// What is under False becomes `to`.
+/// A run with `to` for what is under False.
 pub(super) struct Masked<'s, T> {
     pub(super) mask: &'s [u8],
     pub(super) to: T,
-    pub(super) x: &'s mut [T],
+    pub(super) x: Span<'s, T>,
+    /// May be where x is.
+    pub(super) dst: SpanMut<'s, T>,
     /// Where more of the mask is, to be asked for.
     pub(super) ahead: *const u8,
 }
@@ -140,41 +179,49 @@ impl<T: Work> Kernel for Masked<'_, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         // Plain enough for the compiler to make vectors of.
-        let Self { mask, to, x, ahead } = self;
-        for line in (0..mask.len()).step_by(64) {
+        let Self { mask, to, x, dst, ahead } = self;
+        let n = x.len();
+        for line in (0..n).step_by(64) {
             isa.prefetch(ahead.wrapping_add(line));
         }
-        let n = x.len().min(mask.len());
-        let (mask, x) = (&mask[..n], &mut x[..n]);
-        for i in 0..n {
-            let (masked, kept) = (mask[i] == 0, x[i]);
-            x[i] = if masked { to } else { kept };
+        let dst = dst.part(0, n);
+        for (i, &flag) in mask[..n].iter().enumerate() {
+            let kept = x.get(i);
+            dst.set(i, if flag == 0 { to } else { kept });
         }
     }
 }
 
-/// Lane-wise product.
-pub(super) struct Product<'s, T> {
-    pub(super) x: &'s mut [T],
-    pub(super) by: &'s [T],
+/// Lane-wise product, rounded once.
+pub(super) struct Product<'s, E, T> {
+    pub(super) x: Span<'s, T>,
+    pub(super) by: Span<'s, T>,
+    /// May be where x is.
+    pub(super) dst: SpanMut<'s, E>,
 }
 
-impl<T: Work> Kernel for Product<'_, T> {
+impl<E: Element<Acc = T>, T: Work> Kernel for Product<'_, E, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        let (step, by, x) = (Vf::<S, T>::LANES, Span::of(self.by), SpanMut::of(self.x));
-        let mut i = 0;
-        while i < by.len() {
-            let n = step.min(by.len() - i);
-            if n == step {
-                x.store(isa, i, x.read().load(isa, i) * by.load(isa, i));
-            } else {
-                x.store_partial(isa, i, n, x.read().load_partial(isa, i, n, T::ZERO) * by.load_partial(isa, i, n, T::ZERO));
-            }
-            i += n;
+        let (step, len) = (Vf::<S, T>::LANES, self.x.len());
+        let (by, dst) = (self.by.part(0, len), self.dst.part(0, len));
+        for k in 0..len / step {
+            let (x, by) = (self.x.nth(k, step).load(isa, 0), by.nth(k, step).load(isa, 0));
+            dst.nth(k, step).store(isa, 0, x * by);
+        }
+        let (i, left) = (len / step * step, len % step);
+        if left > 0 {
+            let (x, by) = (self.x.load_partial(isa, i, left, T::ZERO), by.load_partial(isa, i, left, T::ZERO));
+            dst.store_partial(isa, i, left, x * by);
         }
     }
+}
+
+/// The same in place.
+pub(super) fn multiply<T: Work>(level: Level, x: &mut [T], by: &[T]) {
+    let dst = SpanMut::of(x);
+    level.run(Product { x: dst.read(), by: Span::of(by), dst });
 }
 
 /// Reads classes `start..` of a row of logits into scratch, as they are.
@@ -196,32 +243,48 @@ pub(super) fn logits<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]
 
 /// The same, and what the softcap did to them into `slopes`, if there is room.
 pub(super) fn logits_and_slopes<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T], slopes: &mut [T]) {
-    unbent(job, row, start, dst);
-    if let Some(cap) = job.bend.softcap {
-        if keeps_its_digits::<T>(cap) {
-            job.level.run(Softcap { cap, slope: false, x: &mut *dst, slopes });
-        } else {
+    let mask = job.bend.mask.is_some();
+    match (adjacent::<T>(job, row, start, dst.len()), job.bend.softcap) {
+        (Some(x), None) if mask => return masked(job, row, start, T::NEG_INF, x, SpanMut::of(dst)),
+        (x, Some(cap)) if keeps_its_digits::<T>(cap) => {
+            if x.is_none() {
+                unbent(job, row, start, dst);
+            }
+            let dst = SpanMut::of(&mut *dst);
+            job.level.run(Softcap { cap, slope: false, x: x.unwrap_or(dst.read()), dst, slopes });
+        }
+        (_, Some(cap)) => {
+            unbent(job, row, start, dst);
             if !slopes.is_empty() {
                 slopes.copy_from_slice(dst);
                 softcap(job.level, cap, true, slopes);
             }
             softcap(job.level, cap, false, dst);
         }
+        _ => unbent(job, row, start, dst),
     }
-    masked(job, row, start, T::NEG_INF, dst);
+    let dst = SpanMut::of(dst);
+    masked(job, row, start, T::NEG_INF, dst.read(), dst);
 }
 
-/// Sets what is under False of classes `start..` of a row.
-fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: &mut [T]) {
+/// Classes `start..` of a row where they stand: adjacent, in order and of the type that is computed in.
+fn adjacent<'a, T: Work>(job: &Job<'a>, row: usize, start: usize, n: usize) -> Option<Span<'a, T>> {
+    let size = size_of::<T>() as isize;
+    let there = job.lines && job.x.dtype() == T::DTYPE && job.classes.inner_stride(X) == size && n > 0;
+    there.then(|| job.x.span(job.rows.offset(X, row) + start as isize * size, n))
+}
+
+/// Classes `start..` of a row from `x` to `dst`, which may be the same, and `to` for what is under False.
+fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: Span<T>, dst: SpanMut<T>) {
     let Some(array) = job.bend.mask else { return };
     let mut mask = [0_u8; rows::BLOCK];
-    for (index, x) in x.chunks_mut(rows::BLOCK).enumerate() {
-        let mask = &mut mask[..x.len()];
-        let at = start + index * rows::BLOCK;
-        flags(job, array, row, at, mask, x.len(), 1);
+    for index in (0..x.len()).step_by(rows::BLOCK) {
+        let n = rows::BLOCK.min(x.len() - index);
+        let (mask, at) = (&mut mask[..n], start + index);
+        flags(job, array, row, at, mask, n, 1);
         let stride = job.classes.inner_stride(MASK);
-        let ahead = array.ptr.wrapping_offset(job.rows.offset(MASK, row) + (at + x.len()) as isize * stride);
-        job.level.run(Masked { mask, to, x, ahead });
+        let ahead = array.address(job.rows.offset(MASK, row) + (at + n) as isize * stride);
+        job.level.run(Masked { mask, to, x: x.part(index, n), dst: dst.part(index, n), ahead });
     }
 }
 
@@ -229,17 +292,18 @@ fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: &mut [T]) {
 /// the logits are overwritten.
 pub(super) fn unbend<T: Work>(job: &Job, row: usize, start: usize, slopes: &[T], gradient: &mut [T]) {
     if !slopes.is_empty() {
-        job.level.run(Product { x: &mut *gradient, by: slopes });
+        multiply(job.level, gradient, slopes);
     } else if let Some(cap) = job.bend.softcap {
         let mut slope = [T::ZERO; rows::BLOCK];
         for (index, gradient) in gradient.chunks_mut(rows::BLOCK).enumerate() {
             let slope = &mut slope[..gradient.len()];
             unbent(job, row, start + index * rows::BLOCK, slope);
             softcap(job.level, cap, true, slope);
-            job.level.run(Product { x: gradient, by: slope });
+            multiply(job.level, gradient, slope);
         }
     }
-    masked(job, row, start, T::ZERO, gradient);
+    let gradient = SpanMut::of(gradient);
+    masked(job, row, start, T::ZERO, gradient.read(), gradient);
 }
 
 /// The same for the exact values at the maximum and the targets.
