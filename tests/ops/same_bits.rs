@@ -1,0 +1,151 @@
+//! The same bits for any number of threads and whatever the neighbours of a row.
+
+use crossent::array::{Array, DType};
+use crossent::ops::{self, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
+
+use super::case::Choice;
+use super::losses::simple;
+use super::tensor::{FLOATS, Layout, READABLE, Tensor, WRITABLE};
+use super::{Random, levels, without};
+
+#[test]
+fn the_same_bits_for_every_number_of_threads() {
+    // Large enough to be shared out: many short rows, few long ones, one huge one, a strided class axis.
+    let shapes: [(&[usize], usize); 6] =
+        [(&[30011, 10], 1), (&[40009, 2], 1), (&[257, 513], 1), (&[1, 262_147], 1), (&[2, 21, 40, 50], 1), (&[1000, 131], 0)];
+    for level in levels() {
+        let mut seed = 100;
+        for dtype in FLOATS {
+            for (shape, axis) in shapes {
+                for target in [DType::I32, DType::F32] {
+                    seed += 1;
+                    let choice = Choice {
+                        dtype,
+                        layout: if seed % 3 == 0 { Layout::Fortran } else { Layout::C },
+                        out_layout: Layout::C,
+                        shape: shape.to_vec(),
+                        axis,
+                        target,
+                        weight: (seed % 2 == 0).then_some(DType::F32),
+                        smoothing: if target == DType::F32 { 0.1 } else { 0.0 },
+                        ignored: 7,
+                        reduction: Reduction::Mean,
+                        grad_rows: false,
+                        seed,
+                    };
+                    let case = choice.build();
+                    let run = |threads: usize| {
+                        let exec = Exec { level, threads };
+                        let (mean, _, gradient) = case.run(&exec, Reduction::Mean, true, false);
+                        let (placed, _, in_place) = case.run(&exec, Reduction::Mean, true, true);
+                        let (sum, _, _) = case.run(&exec, Reduction::Sum, false, false);
+                        let (_, rows, _) = case.run(&exec, Reduction::None, false, false);
+                        let mut lp = Tensor::empty(dtype, Layout::C, shape);
+                        ops::log_softmax(&exec, &case.x.array(), &[axis], &lp.out()).unwrap();
+                        let mut lse = Tensor::empty(dtype.row_dtype(), Layout::C, &without(shape, &[axis]));
+                        ops::logsumexp(&exec, &case.x.array(), &[axis], &lse.out()).unwrap();
+                        let scalars = [mean.to_bits(), placed.to_bits(), sum.to_bits()];
+                        (scalars, [rows.bits(), gradient.bits(), in_place.bits(), lp.bits(), lse.bits()])
+                    };
+                    let one = run(1);
+                    for threads in [2, 3] {
+                        let many = run(threads);
+                        assert_eq!(one.0, many.0, "reductions with {threads} threads: {choice:?} {level:?}");
+                        for (name, (a, b)) in
+                            ["rows", "gradient", "gradient in place", "log_softmax", "logsumexp"].iter().zip(one.1.iter().zip(&many.1))
+                        {
+                            assert!(a == b, "{name} differ with {threads} threads: {choice:?} {level:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_neighbours() {
+    for level in levels() {
+        let exec = Exec { level, threads: 1 };
+        for dtype in FLOATS {
+            for classes in [1usize, 2, 3, 10, 16, 17, 33, 64, 65, 100, 513] {
+                let mut random = Random(classes as u64);
+                let n = 37;
+                let rows: Vec<Vec<f64>> = (0..n).map(|_| random.row(dtype, classes)).collect();
+                let labels: Vec<i128> = (0..n).map(|_| random.below(classes) as i128).collect();
+                let options = LossOptions::default();
+                let (losses, gradients) = simple(&exec, dtype, &[n, classes], 1, &rows.concat(), &labels, &options);
+                let same = |a: f64, b: f64| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                // Alone, and among strangers in the opposite order.
+                let reversed: Vec<f64> = rows.iter().rev().flatten().copied().collect();
+                let back: Vec<i128> = labels.iter().rev().copied().collect();
+                let (losses_back, gradients_back) = simple(&exec, dtype, &[n, classes], 1, &reversed, &back, &options);
+                for r in 0..n {
+                    let (alone, gradient) = simple(&exec, dtype, &[1, classes], 1, &rows[r], &labels[r..=r], &options);
+                    let context = format!("row {r} of {n} x {classes} {dtype:?} {level:?}");
+                    assert!(same(alone[0], losses[r]), "alone {:e}, in company {:e}: {context}", alone[0], losses[r]);
+                    assert!(same(losses_back[n - 1 - r], losses[r]), "the order of the rows matters: {context}");
+                    for c in 0..classes {
+                        let expected = gradients[r * classes + c];
+                        assert!(same(gradient[c], expected), "gradient {c} alone {:e}, in company {expected:e}: {context}", gradient[c]);
+                        assert!(same(gradients_back[(n - 1 - r) * classes + c], expected), "gradient {c}, order of the rows: {context}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The bits of a row are those of its logits, the number of classes and the layout of the class axis alone.
+#[test]
+fn a_row_alone_is_the_row_of_the_batch() {
+    for level in levels() {
+        let exec = Exec { level, threads: 1 };
+        for dtype in FLOATS {
+            for classes in [1usize, 2, 3, 5, 16, 64, 65, 200, 600] {
+                for n in [3usize, 37, 150] {
+                    for layout in READABLE {
+                        let mut random = Random((classes * n) as u64);
+                        let shape = [n, classes];
+                        let values: Vec<f64> = (0..n).flat_map(|_| random.row(dtype, classes)).collect();
+                        let x = Tensor::floats(dtype, layout, &shape, &values);
+                        let labels: Vec<i128> = (0..n).map(|r| if r % 5 == 2 { -100 } else { random.below(classes) as i128 }).collect();
+                        let y = Tensor::ints(DType::I64, Layout::C, &[n], &labels);
+                        let out_layout = WRITABLE[random.below(WRITABLE.len())];
+                        let run = |x: &Array, y: &Array, n: usize, smoothing: f64| {
+                            let shape = [n, classes];
+                            let mut rows = Tensor::empty(dtype.row_dtype(), Layout::C, &[n]);
+                            let [mut gradient, mut p, mut lp] = [0; 3].map(|_| Tensor::empty(dtype, out_layout, &shape));
+                            let options = LossOptions { label_smoothing: smoothing, reduction: Reduction::None, ..LossOptions::default() };
+                            {
+                                let out = rows.out();
+                                let grad = Grad { out: gradient.out(), grad_output: GradOutput::Scalar(0.7) };
+                                ops::cross_entropy(&exec, x, 1, &Target::Index(y.clone()), &options, Some(&out), Some(&grad)).unwrap();
+                            }
+                            ops::softmax(&exec, x, &[1], &p.out()).unwrap();
+                            ops::log_softmax(&exec, x, &[1], &lp.out()).unwrap();
+                            [rows.values(), gradient.values(), p.values(), lp.values()]
+                        };
+                        let smoothing = [0.0, 0.1][random.below(2)];
+                        let batch = run(&x.array(), &y.array(), n, smoothing);
+                        for r in [0, 1, n / 2, n - 1] {
+                            let alone = run(&x.part(r, 1), &y.part(r, 1), 1, smoothing);
+                            for (name, (alone, batch)) in
+                                ["loss", "gradient", "softmax", "log_softmax"].iter().zip(alone.iter().zip(&batch))
+                            {
+                                let width = alone.len();
+                                for (c, (a, b)) in alone.iter().zip(&batch[r * width..]).enumerate() {
+                                    let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                                    assert!(
+                                        same,
+                                        "{name} {c} of row {r}: alone {a:e}, in company {b:e}: {dtype:?} {layout:?} {shape:?} {level:?}"
+                                    );
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
