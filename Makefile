@@ -98,6 +98,10 @@ test-neon: ## a Rust suite on NEON, emulated on other machines: the instruction 
 fuzz: ## fuzz the core with libFuzzer, 3.4 million executions per target or ARGS of them (cargo-fuzz)
 	tools/fuzz.sh $(ARGS)
 
+.PHONY: fuzz-python
+fuzz-python: .venv-test/.wheel ## any call with any arguments through the wheel, 100000 of them or ARGS
+	CROSSENT_EXAMPLES=$(if $(ARGS),$(ARGS),100000) .venv-test/bin/pytest tests/test_any_arguments.py
+
 .PHONY: asan
 asan: ## the Rust tests under AddressSanitizer, or ARGS="--test ops" of them
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DIR=target/asan \

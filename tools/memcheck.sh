@@ -5,7 +5,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-	for test in transforms_of_every_length losses_of_every by_products::every_length small_losses of_any_choice the_same_bits; do
+	# The last one: valgrind's fused multiply-add has the wrong sign of zero.
+	for test in transforms_of_every_length losses_of_every by_products::every_length small_losses of_any_choice the_same_bits fused_operations; do
 		set -- "$@" --skip "$test"
 	done
 fi

@@ -377,7 +377,7 @@ def _target_mass(target: Target, *, axis: int, w: Floats, mask: Bools, ignore_in
         return probability_mass(dense)
 
     given = np.asarray(target)
-    if _is_float(given):
+    if _is_float(given) or given.dtype.kind == "f":
         if given.ndim != mask.ndim or np.moveaxis(given, axis, -1).shape != mask.shape:
             raise ValueError(f"float targets are class probabilities and must have the shape of the logits, got {given.shape}")
         return probability_mass(np.moveaxis(given, axis, -1).astype(np.float64))
@@ -639,10 +639,13 @@ def _cross_entropy(
     where: ArrayLike | None,
     grad_output: ArrayLike | None,
 ) -> tuple[Floats | float, Floats]:
+    # Options are numbers, also where they came as arrays of none.
+    label_smoothing, z_loss, temperature = float(label_smoothing), float(z_loss), float(temperature)
+    normalizer, softcap = (None if option is None else float(option) for option in (normalizer, softcap))
     _check_reduction(reduction)
     _check_option("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "in [0, 1]")
     _check_option("normalizer", normalizer, normalizer is None or 0 < normalizer < np.inf, "positive and finite")
-    _check_option("z_loss", z_loss, bool(np.isfinite(z_loss)), "finite")
+    _check_option("z_loss", z_loss, -np.inf < z_loss < np.inf, "finite")
     _check_option("softcap", softcap, softcap is None or 0 < softcap < np.inf, "positive and finite")
     _check_option("temperature", temperature, 2.0**-1022 <= temperature < np.inf, "positive, finite and not subnormal")
 
