@@ -76,6 +76,7 @@ check-counts: ## compare the instruction counts with that file, within 2 %
 .PHONY: check
 check: .venv-check/.wheel ## formatting, lints, types, stubs, Rust tests
 	./.ci/stage "cargo fmt" $(CARGO) fmt --check
+	./.ci/stage "cargo fmt, fuzz targets" $(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	./.ci/stage "cargo clippy" $(CARGO) clippy --locked --all-targets -- -D warnings
 	./.ci/stage "cargo clippy, all features" $(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	./.ci/stage "ruff check" .venv-check/bin/ruff check

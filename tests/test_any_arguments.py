@@ -245,13 +245,12 @@ def test_any_arguments(seed):
             out is None
             and all(type(a) is np.ndarray for a in args)
             and all(isinstance(a, plain) and (type(a) is not int or abs(a) < 2**63) for a in kwargs.values())
+            # Such a divisor takes gradients beyond float64, where the order of the factors decides what is left.
+            and kwargs.get("normalizer") != 5e-324
         ):
             with np.errstate(all="ignore"):
                 expected = getattr(ce.reference, name)(*args, **kwargs)
             for got, exact in zip(result, expected, strict=True) if isinstance(result, tuple) else ((result, expected),):
                 assert np.shape(got) == np.shape(exact)
                 nan, wanted = np.isnan(np.asarray(got).astype(float)), np.asarray(exact).astype(float)
-                # A divisor of 5e-324 takes gradients beyond float64, where the order of the factors decides what is left.
-                if np.any(np.abs(wanted) > 1e300):
-                    continue
                 np.testing.assert_array_equal(nan, np.isnan(wanted))

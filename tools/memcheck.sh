@@ -10,10 +10,8 @@ if [ $# -eq 0 ]; then
 		set -- "$@" --skip "$test"
 	done
 fi
-# The pool of threads is kept for the life of the process, so leaks are not counted.
-run="valgrind --quiet --error-exitcode=9 --leak-check=no"
-programs=$(cargo test --locked --lib --test simd --test ops --no-run --message-format json |
-	python3 -c 'import json, sys; print(*(p["executable"] for p in map(json.loads, sys.stdin) if p.get("executable")))')
-for program in $programs; do
-	$run "$program" --test-threads 1 "$@"
-done
+# The pool of threads is kept for the life of the process, so leaks are not counted. Cargo starts each test program through it.
+CARGO_TARGET_RUNNER="valgrind --quiet --error-exitcode=9 --leak-check=no"
+host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+export "CARGO_TARGET_${host}_RUNNER=$CARGO_TARGET_RUNNER"
+exec cargo test --locked --lib --test simd --test ops -- --test-threads 1 "$@"

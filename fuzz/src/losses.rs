@@ -1,4 +1,4 @@
-//! Cross-entropy with every option, and nll_loss.
+//! Cross-entropy with every option.
 
 use arbitrary::Arbitrary;
 use crossent::array::DType;

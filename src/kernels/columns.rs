@@ -297,11 +297,11 @@ pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
             // Two loops: each is short enough for the processor to have several groups in flight.
             for group in 0..wide / step {
                 let (state, linear) = (&mut states[group], &mut linears[group]);
-                raise::<S, T>(isa, &exp, scale, block.read(), first, at + group * step, state, stream.is_some().then_some(linear));
+                raise::<S, T>(isa, &exp, scale, block.read(), first, at + group * step, state, lin.then_some(linear));
             }
             for group in 0..wide / step {
                 let (state, linear, at) = (&mut states[group], &mut linears[group], at + group * step);
-                match (stream.is_some(), store) {
+                match (lin, store) {
                     (false, false) => sum_block::<S, T, false, false>(isa, &exp, block, first, at, stream, state, linear),
                     (false, true) => sum_block::<S, T, false, true>(isa, &exp, block, first, at, stream, state, linear),
                     (true, false) => sum_block::<S, T, true, false>(isa, &exp, block, first, at, stream, state, linear),

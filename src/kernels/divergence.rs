@@ -15,8 +15,8 @@
 use crate::array::{Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
+use super::input::ask;
 use super::math::{Real, polynomial};
-use super::rows::ask;
 use super::scan::BLOCK;
 use super::scan::{Constants, Lanes, Raised, Softmax, ln_1p, stretch};
 use super::state::{Pair, Summand, Wide, exp_f64, splat};

@@ -2,11 +2,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bend;
 pub mod columns;
 pub mod divergence;
 pub mod emit;
 pub mod few;
 pub mod finish;
+pub mod input;
 pub mod math;
 pub mod rows;
 pub mod scan;

@@ -4,8 +4,9 @@
 use crate::array::{Float, Span, Vf, lanes};
 use crate::simd::{Isa, Level, Mask, Scalar, Vector};
 
+use super::input::ask;
 use super::math::{Anchored, Exp, Real, log1p};
-use super::rows::{ask, block_max};
+use super::rows::block_max;
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: no more than float32 lanes may sum and keep the digits of a divergence.

@@ -4,8 +4,9 @@ use crate::array::{HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 
 use super::finish::Tile;
+use super::input::Ahead;
 use super::math::{Anchored, Exp};
-use super::rows::{Ahead, chain};
+use super::rows::chain;
 use super::state::{Summand, Wide, splat};
 
 /// Rows of one block each, without a dense stream, as a kernel: their states go to the tile, from its first row on.

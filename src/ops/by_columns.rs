@@ -3,6 +3,7 @@
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
 use crate::array::{Array, Columns, ColumnsMut, DType, Element, Offsets, Out, Span, SpanMut, Vf};
+use crate::kernels::bend::Masked;
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Reduce};
 use crate::kernels::few::{self, Few};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
@@ -13,7 +14,7 @@ use super::api::Exec;
 use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
 use super::plan::Path;
 use super::scratch::{Buffers, SCRATCH, Scratch, Work, room};
-use super::source::{Masked, dense_row, flags, gather, multiply, row_spread, shared_stream, softcap, unbend_patches};
+use super::source::{dense_row, flags, gather, multiply, row_spread, shared_stream, softcap, unbend_patches};
 use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 use super::tiles::{LANES, Move};
@@ -132,8 +133,7 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
         for (slot, &row) in strip.kept.iter().enumerate() {
             flags(job, array, row, first, &mut self.mask[slot..], count, self.stride);
         }
-        let n = self.mask.len().min(x.len());
-        let dst = SpanMut::of(x).part(0, n);
+        let dst = SpanMut::of(x);
         job.level.run(Masked { mask: &self.mask, to, x: dst.read(), dst, ahead: core::ptr::null() });
     }
 

@@ -4,10 +4,12 @@
 //! block if they are long. Results are written where they belong, or to scratch first.
 
 use crate::array::{DType, Element, HalfRows, Out, Rows, RowsMut, Span, SpanMut};
+use crate::kernels::bend::Product;
 use crate::kernels::columns;
 use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
-use crate::kernels::rows::{BLOCK, Input, Known, Reduce, Wanted};
+use crate::kernels::input::{Input, Known};
+use crate::kernels::rows::{BLOCK, Reduce, Wanted};
 use crate::kernels::short::{MOST_SHORT, Short};
 use crate::kernels::state::{Pair, Reference, State};
 use crate::simd::{Isa, Kernel};
@@ -15,7 +17,7 @@ use crate::tunables::tunables;
 
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::source::{Product, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
+use super::source::{dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
 use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 

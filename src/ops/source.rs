@@ -2,11 +2,11 @@
 //! strided classes, and the dense target stream.
 
 use crate::array::{Array, DType, Element, Float, FromNumber, Out, Span, SpanMut, Vf};
+use crate::kernels::bend::{Masked, Product, Softcap};
 use crate::kernels::columns;
 use crate::kernels::finish::{Tile, WIDTH};
-use crate::kernels::math::{Real, TANH_NEAR, tanh_sech2};
 use crate::kernels::rows;
-use crate::simd::{Isa, Kernel, Level, Mask, Vector};
+use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::job::{Job, MASK, OUT, PROBS, X};
 use super::plan::Axes;
@@ -22,75 +22,6 @@ pub(super) struct Bend<'a> {
 impl Bend<'_> {
     pub(super) fn is_some(self) -> bool {
         self.softcap.is_some() || self.mask.is_some()
-    }
-}
-
-/// `cap·tanh(x/cap)` of a run, or the derivative 1 − tanh² there; or the one and the other in `slopes`, if there is room.
-struct Softcap<'a, T> {
-    cap: f64,
-    slope: bool,
-    x: Span<'a, T>,
-    /// May be where x is.
-    dst: SpanMut<'a, T>,
-    slopes: &'a mut [T],
-}
-
-/// A cap as vectors.
-#[derive(Clone, Copy)]
-struct Cap<V> {
-    c: V,
-    inverse: V,
-    near: V,
-}
-
-impl<V: Vector> Cap<V>
-where
-    V::Elem: Real,
-{
-    #[inline(always)]
-    fn new(isa: V::Isa, cap: f64) -> Self {
-        let splat = |x: f64| V::splat(isa, V::Elem::from_f64(x));
-        let inverse = 1.0 / V::Elem::from_f64(cap).to_f64();
-        // Without an inverse nothing is near, not even 0.
-        Self { c: splat(cap), inverse: splat(inverse), near: splat(if inverse.is_finite() { cap * TANH_NEAR } else { -1.0 }) }
-    }
-    /// `cap·tanh(x/cap)` and its derivative.
-    #[inline(always)]
-    fn both(self, isa: V::Isa, x: V) -> (V, V) {
-        // A product and what it leaves, for less than a division.
-        let y = x * self.inverse;
-        let y = y.neg_mul_add(self.c, x).mul_add(self.inverse, y);
-        let far = self.near.lt(x.abs());
-        let y = if far.any() { V::select(far, x / self.c, y) } else { y };
-        let (tanh, sech2) = tanh_sech2(isa, y);
-        (tanh * self.c, sech2)
-    }
-}
-
-impl<T: Work> Kernel for Softcap<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) {
-        let (step, len) = (Vf::<S, T>::LANES, self.x.len());
-        let cap = Cap::<Vf<S, T>>::new(isa, self.cap);
-        let dst = self.dst.part(0, len);
-        let slopes = (!self.slopes.is_empty()).then(|| SpanMut::of(self.slopes).part(0, len));
-        for k in 0..len / step {
-            isa.prefetch(self.x.address(len + k * step));
-            let (y, slope) = cap.both(isa, self.x.nth(k, step).load(isa, 0));
-            dst.nth(k, step).store(isa, 0, if self.slope { slope } else { y });
-            if let Some(slopes) = slopes {
-                slopes.nth(k, step).store(isa, 0, slope);
-            }
-        }
-        let (i, left) = (len / step * step, len % step);
-        if left > 0 {
-            let (y, slope) = cap.both(isa, self.x.load_partial(isa, i, left, T::ZERO));
-            dst.store_partial(isa, i, left, if self.slope { slope } else { y });
-            if let Some(slopes) = slopes {
-                slopes.store_partial(isa, i, left, slope);
-            }
-        }
     }
 }
 
@@ -163,62 +94,7 @@ pub(super) fn line_of<E: Element<Acc = T>, T: Work>(level: Level, array: &Array,
     true
 }
 
-/// A run with `to` for what is under False.
-pub(super) struct Masked<'s, T> {
-    pub(super) mask: &'s [u8],
-    pub(super) to: T,
-    pub(super) x: Span<'s, T>,
-    /// May be where x is.
-    pub(super) dst: SpanMut<'s, T>,
-    /// Where more of the mask is, to be asked for.
-    pub(super) ahead: *const u8,
-}
-
-impl<T: Work> Kernel for Masked<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) {
-        // Plain enough for the compiler to make vectors of.
-        let Self { mask, to, x, dst, ahead } = self;
-        let n = x.len();
-        for line in (0..n).step_by(64) {
-            isa.prefetch(ahead.wrapping_add(line));
-        }
-        let dst = dst.part(0, n);
-        for (i, &flag) in mask[..n].iter().enumerate() {
-            let kept = x.get(i);
-            dst.set(i, if flag == 0 { to } else { kept });
-        }
-    }
-}
-
-/// Lane-wise product, rounded once.
-pub(super) struct Product<'s, E, T> {
-    pub(super) x: Span<'s, T>,
-    pub(super) by: Span<'s, T>,
-    /// May be where x is.
-    pub(super) dst: SpanMut<'s, E>,
-}
-
-impl<E: Element<Acc = T>, T: Work> Kernel for Product<'_, E, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) {
-        let (step, len) = (Vf::<S, T>::LANES, self.x.len());
-        let (by, dst) = (self.by.part(0, len), self.dst.part(0, len));
-        for k in 0..len / step {
-            let (x, by) = (self.x.nth(k, step).load(isa, 0), by.nth(k, step).load(isa, 0));
-            dst.nth(k, step).store(isa, 0, x * by);
-        }
-        let (i, left) = (len / step * step, len % step);
-        if left > 0 {
-            let (x, by) = (self.x.load_partial(isa, i, left, T::ZERO), by.load_partial(isa, i, left, T::ZERO));
-            dst.store_partial(isa, i, left, x * by);
-        }
-    }
-}
-
-/// The same in place.
+/// Lane-wise product in place.
 pub(super) fn multiply<T: Work>(level: Level, x: &mut [T], by: &[T]) {
     let dst = SpanMut::of(x);
     level.run(Product { x: dst.read(), by: Span::of(by), dst });
