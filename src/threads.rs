@@ -27,6 +27,8 @@ fn pool(workers: usize) -> Option<&'static rayon::ThreadPool> {
         return Some(&known.threads);
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(workers).thread_name(|i| format!("crossent-{i}")).build().ok()?;
+    // Until each has started: what the C library allocates for a thread's start, it aborts for when it cannot be had any more.
+    pool.broadcast(|_| ());
     let made = Box::into_raw(Box::new(Pool { process, workers, threads: pool }));
     if POOL.compare_exchange(current, made, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         // A smaller pool of this process, or the parent's, stays behind: others may be using it.

@@ -138,7 +138,7 @@ def test_memory_that_is_not_there_is_an_error(spare):
     python(f"""
         import resource
         import numpy as np, crossent as ce
-        ce.set_num_threads(2)
+        ce.set_num_threads(8)
         rows, labels = np.broadcast_to(np.float32(0), (3_000_000, 4)), np.broadcast_to(np.uint8(1), (3_000_000,))
         wide, x, y = np.broadcast_to(np.float32(0), (1, 10_000_000)), np.ones((30, 20000), np.float32), np.zeros(30, int)
         sparse = ce.SparseProbs(np.zeros((30, 5000), int), np.zeros((30, 5000), np.float32))
