@@ -92,8 +92,8 @@ deny: ## licences, duplicates, sources and advisories of the dependencies (cargo
 	$(CARGO) deny --locked check $(ARGS)
 
 .PHONY: test-neon
-test-neon: ## a Rust suite on NEON, emulated on other machines: the instruction set, or ARGS="--test math" and others
-	tools/test-neon.sh $(if $(ARGS),$(ARGS),--test simd)
+test-neon: ## the Rust tests on NEON, emulated on other machines, or ARGS="--test simd" of them
+	tools/test-neon.sh $(ARGS)
 
 .PHONY: fuzz
 fuzz: ## fuzz the core with libFuzzer, 3.4 million executions per target or ARGS of them (cargo-fuzz)

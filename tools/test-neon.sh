@@ -1,14 +1,15 @@
 #!/bin/sh
 # Runs the Rust tests on the NEON level, on any Linux machine: cross-compiled, and emulated by qemu unless the machine is an Arm one.
 #
-#   tools/test-neon.sh [arguments of cargo test]        default: --test simd
+#   tools/test-neon.sh [arguments of cargo test]        default: --lib --test simd --test math --test ops
 #
+# Emulated, the operations are thinned (CROSSENT_TEST_THIN, see docs/testing.md), or they would take hours; CROSSENT_TEST_THIN= runs all.
 # Nothing is installed; what is missing is named. RUSTC, CARGO_TARGET_DIR and the CARGO_TARGET_AARCH64_... variables are respected.
 set -eu
 
 target=aarch64-unknown-linux-gnu
 cd "$(dirname "$0")/.."
-[ $# -gt 0 ] || set -- --test simd
+[ $# -gt 0 ] || set -- --lib --test simd --test math --test ops
 
 if [ "$(uname -m)" = aarch64 ]; then
     exec cargo test "$@"
@@ -46,6 +47,10 @@ if [ -n "$missing" ]; then
     echo "test-neon: cannot run, for want of:$missing" >&2
     exit 1
 fi
+
+# Threads for arrays of any size: few of the thinned ones are large.
+if [ -z "${CROSSENT_TEST_THIN-1}" ]; then unset CROSSENT_TEST_THIN; else export CROSSENT_TEST_THIN=1; fi
+export CROSSENT_TUNE="${CROSSENT_TUNE-threads_from=1}"
 
 # A target directory of its own: artefacts of two compilers do not mix. No -L for qemu: with the libc of the foreign architecture
 # installed, that would mix two of them, and every start of a thread would hang.

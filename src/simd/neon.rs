@@ -102,6 +102,11 @@ impl Isa for Neon {
             vst1_u16(dst, vshrn_n_u32::<16>(vbslq_u32(vceqq_f32(v.0, v.0), rounded, quiet)));
         }
     }
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint, which does nothing at an invalid address; its intrinsic is not stable.
+        unsafe { asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(readonly, nostack, preserves_flags)) }
+    }
 }
 
 impl Mask for Mask32x4 {

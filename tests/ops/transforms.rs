@@ -5,7 +5,7 @@ use crossent::ops::{self, Exec, Grad, GradOutput, LossOptions, Reduction, Target
 
 use super::oracle::{self, Row};
 use super::tensor::{FLOATS, Layout, READABLE, Tensor, WRITABLE};
-use super::{Random, close, lengths, levels, random_logits, rows_of, without};
+use super::{Random, close, lengths, levels, random_logits, rows_of, skipped, thin, without};
 
 pub fn check_transforms(exec: &Exec, x: &Tensor, axes: &[usize], out_layout: Layout, context: &dyn Fn() -> String) {
     let before = x.memory().to_vec();
@@ -60,7 +60,7 @@ fn transforms_of_every_length_type_and_layout() {
             for classes in lengths() {
                 for (i, layout) in READABLE.into_iter().enumerate() {
                     // Long rows in a layout each, short ones in all.
-                    if classes > 70 && (i + classes) % 4 != 0 {
+                    if (classes > 70 || thin()) && (i + classes) % 4 != 0 {
                         continue;
                     }
                     let (shape, axis) = if random.below(2) == 0 { ([5, classes], 1) } else { ([classes, 5], 0) };
@@ -112,6 +112,7 @@ fn transforms_over_any_axes() {
 #[test]
 fn transforms_of_rows_whose_rest_is_tiny() {
     for level in levels() {
+        let mut count = 0;
         for dtype in [DType::F32, DType::F64, DType::Bf16] {
             let depth = if dtype == DType::F64 { 708.0 } else { 86.0 };
             for classes in [40, 100, 300, 1000] {
@@ -119,6 +120,9 @@ fn transforms_of_rows_whose_rest_is_tiny() {
                     let rows: Vec<f64> = (0..16).map(|i| depth + f64::from(i) * 0.25).collect();
                     let n = rows.len();
                     for (shape, axis) in [([n, classes], 1), ([classes, n], 0)] {
+                        if skipped(&mut count) {
+                            continue;
+                        }
                         let mut values = vec![0.0; n * classes];
                         for (group, x) in rows_of(&shape, &[axis]).iter().zip(&rows) {
                             values[group[at]] = *x;
