@@ -45,6 +45,10 @@ test-levels: .venv-test/.wheel ## the Python tests once per instruction set of t
 		echo "==> $$level"; CROSSENT_SIMD=$$level .venv-test/bin/pytest $(ARGS) || exit 1; \
 	done
 
+.PHONY: test-free-threaded
+test-free-threaded: ## the Python tests on a Python without a GIL, 3.14t or later, and a minute of everything at once
+	PYTHON="$(if $(filter file,$(origin PYTHON)),,$(PYTHON))" tools/free-threaded.sh $(ARGS)
+
 .PHONY: test-paths
 test-paths: .venv-test/.wheel ## the Python tests with every size threshold at its smallest
 	CROSSENT_TUNE="stream_from=1,stream_columns_from=1,recompute=1,threads_from=1" .venv-test/bin/pytest $(ARGS)
@@ -107,6 +111,10 @@ fuzz-python: .venv-test/.wheel ## any call with any arguments through the wheel,
 asan: ## the Rust tests under AddressSanitizer, or ARGS="--test ops" of them
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DIR=target/asan \
 		$(CARGO) test --locked --target "$$(rustc -vV | sed -n 's/^host: //p')" $(if $(ARGS),$(ARGS),--lib --tests)
+
+.PHONY: tsan
+tsan: ## the Rust tests under ThreadSanitizer with a standard library built for it, or ARGS="--lib" of them: minutes
+	tools/tsan.sh $(ARGS)
 
 .PHONY: memcheck
 memcheck: ## the Rust tests of the core under valgrind, which has AVX2 but not AVX-512: minutes

@@ -206,6 +206,100 @@ def test_threads_follow_the_quota_of_the_control_group(group, share):
     assert python(code).stdout.split() == [str(min(share, cpus))]
 
 
+EVERYTHING = """
+    import queue
+    seconds, big = SECONDS, 1 << 20
+    ce.set_num_threads(1)
+    want = [bits(call) for call in CALLS]
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(0, 3, (3000, 300)).astype("f4"), rng.integers(0, 300, 3000)
+    loss, gradient = ce.cross_entropy_with_grad(x, y)
+    assert gradient.nbytes > big  # so that its memory is recycled
+    moving, labels, level = x[:200].copy(), y[:200].copy(), ce.simd_level()
+    results, failures, end = queue.Queue(12), [], time.monotonic() + seconds
+
+    def compute(random):
+        k = random.randrange(len(CALLS))
+        assert bits(CALLS[k]) == want[k], CALLS[k]
+
+    def make(random):
+        with ce.threads(n := random.randrange(1, 5)):
+            assert ce.get_num_threads() == n
+            result = ce.cross_entropy_with_grad(x, y)
+        with contextlib.suppress(queue.Full):
+            results.put(result[1][random.randrange(2):], timeout=0.01)
+        assert result[0] == loss
+
+    def take(random):
+        # Results die here, in a thread that did not make them.
+        with contextlib.suppress(queue.Empty):
+            result = results.get(timeout=0.01)
+            assert result.tobytes() == gradient[-len(result):].tobytes()
+
+    def settings(random):
+        ce.set_num_threads(random.randrange(1, 6))
+        ce.set_cache_limit(random.choice((0, big, 1 << 24, 1 << 29)))
+        random.random() < 0.3 and ce.clear_cache()
+        ce.set_simd_level(level)
+        config = ce.show_config("dicts")
+        assert config["result memory"]["kept"] >= 0 and 1 <= ce.get_num_threads() <= 5, config
+        time.sleep(0.001)
+
+    def change(random):
+        moving[...] = random.choice((1.0, np.nan, -np.inf, 1e30))
+        labels[...] = random.choice((0, 299, 300, -1))
+
+    def read(random):
+        for argument, label in ((moving, y[:200]), (moving, labels), (x[:200], labels)):
+            try:
+                ce.cross_entropy_with_grad(argument, label)
+                ce.score_tokens(argument, label, rank=True)
+                ce.topk_logprobs(argument, 3)
+            except IndexError as error:
+                assert label is labels and "is out of bounds for" in str(error), error
+
+    def mistakes(random):
+        for wrong in (lambda: ce.cross_entropy(x, y[1:]), lambda: ce.softmax(x, axis=5), lambda: ce.set_num_threads(0)):
+            try:
+                wrong()
+            except ValueError:
+                continue
+            raise AssertionError("no error")
+
+    def body(what, seed):
+        own = random.Random(seed)
+        try:
+            done = 0
+            while not failures and time.monotonic() < end:
+                what(own)
+                done += 1
+            counts[what.__name__] = counts.get(what.__name__, 0) + done
+        except BaseException as error:
+            failures.append(repr(error))
+
+    counts = {}
+    jobs = [compute] * 6 + [make] * 5 + [take] * 3 + [settings] * 2 + [change] * 2 + [read] * 4 + [mistakes] * 2
+    threads = [threading.Thread(target=body, args=(what, seed)) for seed, what in enumerate(jobs)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not failures, failures
+    assert len(counts) == 7 and min(counts.values()) > 0, counts
+    while not results.empty():
+        results.get()
+    del gradient
+    gc.collect()
+    ce.clear_cache()
+    assert ce.show_config("dicts")["result memory"]["kept"] == 0
+    print(counts)
+"""
+
+
+def test_everything_at_once():
+    """Calls, settings, errors, results that die elsewhere and arguments that change, from 24 threads; meant for Pythons without a GIL."""
+    seconds = int(os.environ.get("CROSSENT_TORTURE_SECONDS", "4"))
+    print(python(WORK + EVERYTHING.replace("SECONDS", str(seconds)), timeout=seconds + 120, args=["-X", "faulthandler"]).stdout)
+
+
 # --- arguments that change -------------------------------------------------------------------------------------------------------------
 # Uses what WORK imports.
 MUTATION = """
