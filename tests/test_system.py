@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sysconfig
+
+import pytest
+
 import crossent as ce
 from crossent import reference
 
@@ -65,3 +69,8 @@ def test_daemon_threads_at_exit():
         print("good", flush=True)
     """
     assert python(code).stdout.split() == ["good"]
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="a Python with a GIL")
+def test_import_leaves_the_gil_off():
+    assert python("import crossent, sys; print(sys._is_gil_enabled())").stdout.split() == ["False"]
