@@ -23,12 +23,12 @@ fn the_same_bits_for_every_number_of_threads() {
                     }
                     let choice = Choice {
                         dtype,
-                        layout: if seed % 3 == 0 { Layout::Fortran } else { Layout::C },
+                        layout: if seed.is_multiple_of(3) { Layout::Fortran } else { Layout::C },
                         out_layout: Layout::C,
                         shape: shape.to_vec(),
                         axis,
                         target,
-                        weight: (seed % 2 == 0).then_some(DType::F32),
+                        weight: seed.is_multiple_of(2).then_some(DType::F32),
                         smoothing: if target == DType::F32 { 0.1 } else { 0.0 },
                         ignored: 7,
                         reduction: Reduction::Mean,
