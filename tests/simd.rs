@@ -354,7 +354,14 @@ where
         of::<V>(isa, &marks).eq(V::splat(isa, V::Elem::ONE))
     };
     let mut random = Random(1);
+    let digits = if size_of::<V::Elem>() == 4 { 23 } else { 52 };
+    let whole = (0..digits).fold(V::Elem::ONE, |x, _| x + x);
+    let mut count = V::splat(isa, whole);
+    let mut counts = vec![whole; V::LANES];
     for pattern in 0..patterns {
+        count = count.count_where(mask_of(pattern));
+        (0..V::LANES).filter(|i| pattern >> i & 1 == 1).for_each(|i| counts[i] = counts[i] + V::Elem::ONE);
+        expect(level, "count_where", &lanes(count), |i| counts[i]);
         expect_mask(level, "pattern", mask_of(pattern), pattern);
         let other = random.next() % patterns;
         expect_mask(level, "and of patterns", mask_of(pattern).and(mask_of(other)), pattern & other);

@@ -284,19 +284,36 @@ impl<'a, E: Element> Rows<'a, E> {
     }
 }
 
-impl<T: Float> Rows<'_, T> {
-    /// Asks for `count` rows from `r` on of those that follow, if they follow at the stride of the first two.
+/// Rows that are yet to come; they need not be there.
+#[derive(Debug)]
+pub struct Following {
+    at: *const u8,
+    step: isize,
+    lines: usize,
+}
+
+impl Following {
+    /// Asks for some more of them.
     #[inline(always)]
-    pub fn prefetch<S: Isa>(self, isa: S, r: usize, count: usize) {
-        let [first, second, ..] = self.offsets[..] else { return };
-        let stride = second - first;
-        let mut at = self.base.wrapping_offset(first + (r + self.offsets.len()) as isize * stride);
-        // Every line of adjacent rows, the first one of rows far apart.
-        let step = stride.abs().max(64);
-        for _ in 0..(count as isize * stride.abs()).unsigned_abs().div_ceil(step.unsigned_abs()) {
-            isa.prefetch(at);
-            at = at.wrapping_offset(if stride < 0 { -step } else { step });
+    pub fn ask<S: Isa>(&mut self, isa: S) {
+        for _ in 0..self.lines {
+            isa.prefetch(self.at);
+            self.at = self.at.wrapping_offset(self.step);
         }
+    }
+}
+
+impl<T: Float> Rows<'_, T> {
+    /// The rows that follow, if they follow at the stride of the first two, `count` at a time.
+    #[inline(always)]
+    pub fn following(self, count: usize) -> Following {
+        let [first, second, ..] = self.offsets[..] else { return Following { at: self.base, step: 0, lines: 0 } };
+        let stride = second - first;
+        let at = self.base.wrapping_offset(first + self.offsets.len() as isize * stride);
+        // Every line of adjacent rows, the first one of rows far apart.
+        let step = stride.unsigned_abs().max(64);
+        let lines = (count * stride.unsigned_abs()).div_ceil(step);
+        Following { at, step: if stride < 0 { -(step as isize) } else { step as isize }, lines }
     }
 
     /// Elements `c..c + 4` of the rows from `r` on: lane i of vector j is element c + j of row r + i.

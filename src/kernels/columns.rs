@@ -96,15 +96,16 @@ pub fn transpose_in<S: Isa, T: Float>(isa: S, src: Rows<T>, tile: ColumnsMut<T>)
         }
         return;
     }
+    let mut following = src.following(Vf::<S, T>::LANES);
     for r in (0..src.count()).step_by(Vf::<S, T>::LANES) {
-        src.prefetch(isa, r, Vf::<S, T>::LANES);
+        following.ask(isa);
         let mut c = 0;
         loop {
-            let v = src.load4(isa, r, c);
-            tile.store_whole(isa, c, r, v[0]);
-            tile.store_whole(isa, c + 1, r, v[1]);
-            tile.store_whole(isa, c + 2, r, v[2]);
-            tile.store_whole(isa, c + 3, r, v[3]);
+            let (v, four) = (src.load4(isa, r, c), tile.part(c, 4));
+            four.store_whole(isa, 0, r, v[0]);
+            four.store_whole(isa, 1, r, v[1]);
+            four.store_whole(isa, 2, r, v[2]);
+            four.store_whole(isa, 3, r, v[3]);
             if c + 4 == classes {
                 break;
             }
@@ -118,16 +119,13 @@ pub fn transpose_in<S: Isa, T: Float>(isa: S, src: Rows<T>, tile: ColumnsMut<T>)
 pub fn transpose_out<S: Isa, T: Float>(isa: S, tile: Columns<T>, dst: RowsMut<T>) {
     let (classes, rows) = (dst.read().len(), dst.read().count());
     let mut r = 0;
+    let mut following = dst.read().following(Vf::<S, T>::LANES);
     while classes >= 4 && r + Vf::<S, T>::LANES <= rows {
-        dst.read().prefetch(isa, r, Vf::<S, T>::LANES);
+        following.ask(isa);
         let mut c = 0;
         loop {
-            let v = [
-                tile.load_whole(isa, c, r),
-                tile.load_whole(isa, c + 1, r),
-                tile.load_whole(isa, c + 2, r),
-                tile.load_whole(isa, c + 3, r),
-            ];
+            let four = tile.part(c, 4);
+            let v = [four.load_whole(isa, 0, r), four.load_whole(isa, 1, r), four.load_whole(isa, 2, r), four.load_whole(isa, 3, r)];
             dst.store4(isa, r, c, v);
             if c + 4 == classes {
                 break;
@@ -383,9 +381,9 @@ fn floor<S: Isa, T: Summand>(isa: S, scale: f64, max: Vf<S, T>, b: Vf<S, T>) -> 
     (origin::<S, T>(isa, max) - b) - splat::<S, T>(isa, T::CLAMP.to_f64() / scale)
 }
 
-/// Classes that are summed in the type of the logits: eight additions to an accumulator. Equal classes round the same way at each of them, and sixteen
-/// took a loss out of its 4 ULP.
-const TOGETHER: usize = 32;
+/// Classes that are added to an accumulator in the type of the logits. Equal ones round the same way at each addition, and sixteen took a loss out of
+/// its 4 ULP.
+const ADDITIONS: usize = 8;
 
 /// Adds the exponentials of a block to a state whose maximum knows of it.
 #[inline(always)]
@@ -399,15 +397,17 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     state: &mut State<S, T>,
     linear: &mut Linear<S, T>,
 ) {
-    let (zero, one) = (Vf::<S, T>::splat(isa, T::ZERO), Vf::<S, T>::splat(isa, T::ONE));
+    let (zero, whole) = (Vf::<S, T>::splat(isa, T::ZERO), Vf::<S, T>::splat(isa, T::WHOLE));
     let from = x.read();
     let classes = from.classes();
     let State { max, k, b, .. } = *state;
     let (at, origin) = (exp.anchor(k), origin::<S, T>(isa, max));
-    let mut ties = [zero; 4];
+    // Where registers are few, two accumulators: the constants need them more.
+    let own = if S::REGISTERS < 32 { 1 } else { 3 };
+    let mut count = whole;
     let mut c = 0;
     while c < classes {
-        let end = classes.min(c + TOGETHER);
+        let end = classes.min(c + ADDITIONS * (own + 1));
         let (mut rest, mut lin, mut t_rest, mut t_top) = ([zero; 4], [zero; 4], [zero; 4], [zero; 4]);
         while c < end {
             // Whole fours are the usual case.
@@ -420,10 +420,10 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
                 }
                 // Unordered: a NaN is not the maximum and so reaches the sum.
                 let below = v.ne(max);
-                rest[u] = rest[u].fma_where(below, p, q);
-                let top = v.eq(max);
-                ties[u] = ties[u].add_where(top, one);
+                rest[u & own] = rest[u & own].fma_where(below, p, q);
+                count = count.count_where(below);
                 if LIN {
+                    let top = v.eq(max);
                     let w = dense.load(isa, c + u, j);
                     lin[u] = lin[u].add_where(w.ne(zero), w * (origin - v));
                     t_rest[u] = t_rest[u].add_where(below, w);
@@ -440,7 +440,7 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
             T::add(isa, &mut linear.t_top, (t_top[0] + t_top[1]) + (t_top[2] + t_top[3]));
         }
     }
-    state.ties = state.ties + ((ties[0] + ties[1]) + (ties[2] + ties[3]));
+    state.ties = state.ties + (splat::<S, T>(isa, T::WHOLE.to_f64() + classes as f64) - count);
 }
 
 /// Moves a state to a larger maximum: what was the maximum joins the rest.

@@ -6,7 +6,7 @@
 use crate::array::{ColumnsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 
-use super::finish::{Odds, WIDTH, others};
+use super::finish::{Odds, others};
 use super::math::{Anchored, Exp, Real};
 use super::state::{Summand, Wide, splat};
 
@@ -25,35 +25,60 @@ pub struct Few<'a, T> {
     pub target: &'a [T],
     /// Gets the losses.
     pub loss: &'a mut [f64],
+    /// Room for [`LANES`] numbers per row.
+    pub lanes: &'a mut [T],
 }
+
+/// What is kept of a row between the loops.
+pub const LANES: usize = 6;
 
 /// Whether nothing of a gradient leaves the normal numbers that its results do not leave.
 pub fn gradient_fits<T: Real>(g: f64) -> bool {
     g == 0.0 || (-T::BIAS.to_f64()..=T::BIAS.to_f64()).contains(&g.abs().log2())
 }
 
-/// Coefficients of the gradient.
-struct Slopes<T> {
-    /// Multiplies the exponentials.
-    a: [T; WIDTH],
-    /// The value at the target.
-    patch: [T; WIDTH],
+/// What is known of the rows, in whole vectors.
+#[derive(Clone, Copy)]
+struct Rows<'a, T> {
+    class: Span<'a, T>,
+    /// The maximum, 0 where it is off the grid; then the rows have no `ties`.
+    max: SpanMut<'a, T>,
+    ties: SpanMut<'a, T>,
+    /// Of the target.
+    logit: SpanMut<'a, T>,
+    /// The sum of the exponentials but for one maximum, relative to it, and 1/e(max).
+    others: SpanMut<'a, T>,
+    over: SpanMut<'a, T>,
+    /// The gradient: what multiplies the exponentials (where `over` was), and the value at the target.
+    slope: SpanMut<'a, T>,
+    patch: SpanMut<'a, T>,
+    /// The sums, then the losses.
+    loss: SpanMut<'a, f64>,
 }
 
 impl<T: Summand> Kernel for Few<'_, T> {
     type Output = bool;
     #[inline(always)]
-    fn run<S: Isa>(mut self, isa: S) -> bool {
-        let mut slopes = Slopes { a: [T::ZERO; WIDTH], patch: [T::ZERO; WIDTH] };
-        if self.g.is_none() {
-            return reduce::<S, T, false>(isa, self.x, &mut self, &mut slopes);
-        }
-        let (x, rows, target) = (self.x, self.rows, Span::of(self.target));
-        let left = reduce::<S, T, true>(isa, x, &mut self, &mut slopes);
-        // Another loop: each is short enough for the processor to have several vectors of rows in flight.
-        for j in (0..rows).step_by(Vf::<S, T>::LANES) {
-            let (a, patch, class) = (Span::of(&slopes.a).load(isa, j), Span::of(&slopes.patch).load(isa, j), target.load(isa, j));
-            let (mut number, one) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0));
+    fn run<S: Isa>(self, isa: S) -> bool {
+        let Self { scale, g, x, rows, target, loss, lanes } = self;
+        let whole = rows.next_multiple_of(Vf::<S, T>::LANES);
+        let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
+        let [max, ties, logit, others, over, patch] = [0, 1, 2, 3, 4, 5].map(|i| lanes.part(i * whole, whole));
+        let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, others, over, slope: over, patch, loss };
+        // Several loops: each is short enough for the processor to have several vectors of rows in flight.
+        let Some(g) = g else {
+            sum::<S, T, false>(isa, scale, x, rows);
+            relative::<S, T>(isa, scale, rows);
+            return lose::<S, T, false>(isa, scale, 0.0, rows);
+        };
+        sum::<S, T, true>(isa, scale, x, rows);
+        relative::<S, T>(isa, scale, rows);
+        let left = lose::<S, T, true>(isa, scale, g, rows);
+        let (step, one) = (Vf::<S, T>::LANES, splat::<S, T>(isa, 1.0));
+        for k in 0..whole / step {
+            let (class, j) = (rows.class.nth(k, step).load(isa, 0), k * step);
+            let (a, patch) = (rows.slope.read().nth(k, step).load(isa, 0), rows.patch.read().nth(k, step).load(isa, 0));
+            let mut number = splat::<S, T>(isa, 0.0);
             for c in 0..x.read().classes() {
                 let e = x.read().load_whole(isa, c, j);
                 x.store_whole(isa, c, j, Vf::<S, T>::select(class.eq(number), patch, e * a));
@@ -70,7 +95,8 @@ const TOGETHER: usize = 16;
 /// What is gathered of the classes of a row in each lane.
 struct Lane<V> {
     rest: [V; 4],
-    ties: V,
+    /// Classes below the maximum, counted from [`Real::WHOLE`] on.
+    below: V,
     logit: V,
     /// The number of the next class.
     number: V,
@@ -97,54 +123,34 @@ impl<V: Vector> Lane<V> {
             tile.store_whole(isa, c, j, p * q);
         }
         // Unordered: a NaN is not the maximum and so reaches the sum.
-        self.rest[U] = self.rest[U].fma_where(v.ne(max), p, q);
-        self.ties = self.ties.add_where(v.eq(max), one);
+        let below = v.ne(max);
+        // Where registers are few, two accumulators: the constants need them more.
+        let u = if S::REGISTERS < 32 { U & 1 } else { U };
+        self.rest[u] = self.rest[u].fma_where(below, p, q);
+        self.below = self.below.count_where(below);
         self.logit = V::select(class.eq(self.number), v, self.logit);
         self.number = self.number + one;
     }
 }
 
-/// The sum relative to one maximum, without it, and 1/e(max): in float64, as their errors are those of every digit of a confident row.
+/// What there is of every row but the losses. With STORE the exponentials replace the logits.
 #[inline(always)]
-fn relative<S: Isa, T: Summand>(
-    isa: S,
-    exp: &Exp<S::F64>,
-    max: Vf<S, T>,
-    k: Vf<S, T>,
-    ties: Vf<S, T>,
-    sum: Wide<S>,
-) -> (Vf<S, T>, Vf<S, T>) {
-    let [mut max_of, mut k_of, mut ties_of, mut rest_of] = [[0.0_f64; 16]; 4];
-    T::store_wide(isa, max, SpanMut::of(&mut max_of), 0);
-    T::store_wide(isa, k, SpanMut::of(&mut k_of), 0);
-    T::store_wide(isa, ties, SpanMut::of(&mut ties_of), 0);
-    T::store_columns(isa, sum, SpanMut::of(&mut rest_of), 0);
-    for r in (0..Vf::<S, T>::LANES).step_by(S::F64::LANES) {
-        let over = exp.exp2(-Span::of(&max_of).load(isa, r), -Span::of(&k_of).load(isa, r));
-        let others = others(isa, Span::of(&ties_of).load(isa, r), Span::of(&rest_of).load(isa, r), over);
-        SpanMut::of(&mut max_of).store(isa, r, over);
-        SpanMut::of(&mut rest_of).store(isa, r, others);
-    }
-    (T::load_wide(isa, Span::of(&rest_of), 0), T::load_wide(isa, Span::of(&max_of), 0))
-}
-
-/// Losses and coefficients; with STORE the exponentials replace the logits.
-#[inline(always)]
-fn reduce<S: Isa, T: Summand, const STORE: bool>(isa: S, tile: ColumnsMut<T>, job: &mut Few<T>, slopes: &mut Slopes<T>) -> bool {
-    let (x, classes) = (tile.read(), tile.read().classes());
-    let (exp, wide) = (Exp::<Vf<S, T>>::new(isa, job.scale), Exp::<S::F64>::new(isa, job.scale));
-    let (zero, one, lowest) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), Vf::<S, T>::splat(isa, T::NEG_INF));
-    let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / job.scale);
-    let (scale, g) = (splat::<S, T>(isa, job.scale), splat::<S, T>(isa, job.g.unwrap_or(0.0) * job.scale));
-    let (target, mut left) = (Span::of(job.target), false);
-    for j in (0..job.rows).step_by(Vf::<S, T>::LANES) {
-        let class = target.load(isa, j);
+fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsMut<T>, rows: Rows<T>) {
+    let (x, classes, step) = (tile.read(), tile.read().classes(), Vf::<S, T>::LANES);
+    let exp = Exp::<Vf<S, T>>::new(isa, scale);
+    let (zero, lowest) = (splat::<S, T>(isa, 0.0), Vf::<S, T>::splat(isa, T::NEG_INF));
+    // Exact: both are whole, and so is their difference.
+    let (whole, all) = (Vf::<S, T>::splat(isa, T::WHOLE), splat::<S, T>(isa, T::WHOLE.to_f64() + classes as f64));
+    let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / scale);
+    for i in 0..rows.class.len() / step {
+        let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
         // In this order a NaN is passed over; it comes back through the sum.
         let (mut max, mut other) = (x.load_whole(isa, 0, j).max(lowest), lowest);
         let mut c = 1;
-        while c + 2 <= classes {
-            max = x.load_whole(isa, c, j).max(max);
-            other = x.load_whole(isa, c + 1, j).max(other);
+        while classes - c >= 2 {
+            let two = x.part(c, 2);
+            max = two.load_whole(isa, 0, j).max(max);
+            other = two.load_whole(isa, 1, j).max(other);
             c += 2;
         }
         if c < classes {
@@ -153,18 +159,18 @@ fn reduce<S: Isa, T: Summand, const STORE: bool>(isa: S, tile: ColumnsMut<T>, jo
         let max = other.max(max);
         let near = max.abs().le(limit);
         let origin = Vf::<S, T>::select(near, max, zero);
-        let k = exp.reference(origin);
-        let at = exp.anchor(k);
-        let mut row = Lane { rest: [zero; 4], ties: zero, logit: zero, number: zero };
+        let at = exp.anchor(exp.reference(origin));
+        let mut row = Lane { rest: [zero; 4], below: whole, logit: zero, number: zero };
         let mut sum = Wide::zero(isa);
         let mut c = 0;
         while c < classes {
             let end = classes.min(c + TOGETHER);
-            while c + 4 <= end {
-                row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
-                row.add::<S, T, STORE, 1>(isa, &at, (max, class), tile, c + 1, j);
-                row.add::<S, T, STORE, 2>(isa, &at, (max, class), tile, c + 2, j);
-                row.add::<S, T, STORE, 3>(isa, &at, (max, class), tile, c + 3, j);
+            while end - c >= 4 {
+                let four = tile.part(c, 4);
+                row.add::<S, T, STORE, 0>(isa, &at, (max, class), four, 0, j);
+                row.add::<S, T, STORE, 1>(isa, &at, (max, class), four, 1, j);
+                row.add::<S, T, STORE, 2>(isa, &at, (max, class), four, 2, j);
+                row.add::<S, T, STORE, 3>(isa, &at, (max, class), four, 3, j);
                 c += 4;
             }
             while c < end {
@@ -175,21 +181,56 @@ fn reduce<S: Isa, T: Summand, const STORE: bool>(isa: S, tile: ColumnsMut<T>, jo
             T::add(isa, &mut sum, r0 + r1);
             T::add(isa, &mut sum, r2 + r3);
         }
-        let Lane { ties, logit, .. } = row;
-        let (others, over) = relative::<S, T>(isa, &wide, origin, k, ties, sum);
+        rows.max.nth(i, step).store(isa, 0, origin);
+        rows.ties.nth(i, step).store(isa, 0, Vf::<S, T>::select(near, all - row.below, zero));
+        rows.logit.nth(i, step).store(isa, 0, row.logit);
+        T::store_columns(isa, sum, rows.loss.nth(i, step), 0);
+    }
+}
+
+/// The sums relative to one maximum, without it, and 1/e(max): in float64, as their errors are those of every digit of a confident row.
+#[inline(always)]
+fn relative<S: Isa, T: Summand>(isa: S, scale: f64, rows: Rows<T>) {
+    let (step, exp, wide) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale), Exp::<S::F64>::new(isa, scale));
+    for i in 0..rows.class.len() / step {
+        let max = rows.max.read().nth(i, step).load(isa, 0);
+        let [mut max_of, mut k_of, mut ties_of, mut rest_of] = [[0.0_f64; 16]; 4];
+        T::store_wide(isa, max, SpanMut::of(&mut max_of), 0);
+        T::store_wide(isa, exp.reference(max), SpanMut::of(&mut k_of), 0);
+        T::store_wide(isa, rows.ties.read().nth(i, step).load(isa, 0), SpanMut::of(&mut ties_of), 0);
+        for r in (0..step).step_by(S::F64::LANES) {
+            let rest = rows.loss.read().nth(i, step).load(isa, r);
+            let over = wide.exp2(-Span::of(&max_of).load(isa, r), -Span::of(&k_of).load(isa, r));
+            SpanMut::of(&mut max_of).store(isa, r, over);
+            SpanMut::of(&mut rest_of).store(isa, r, others(isa, Span::of(&ties_of).load(isa, r), rest, over));
+        }
+        rows.others.nth(i, step).store(isa, 0, T::load_wide(isa, Span::of(&rest_of), 0));
+        rows.over.nth(i, step).store(isa, 0, T::load_wide(isa, Span::of(&max_of), 0));
+    }
+}
+
+/// Losses, and with STORE the coefficients of the gradient. Whether rows were left.
+#[inline(always)]
+fn lose<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, g: f64, rows: Rows<T>) -> bool {
+    let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale));
+    let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));
+    let (scale, g) = (splat::<S, T>(isa, scale), splat::<S, T>(isa, g * scale));
+    let mut left = false;
+    for i in 0..rows.class.len() / step {
+        let (max, ties) = (rows.max.read().nth(i, step).load(isa, 0), rows.ties.read().nth(i, step).load(isa, 0));
+        let (logit, others) = (rows.logit.read().nth(i, step).load(isa, 0), rows.others.read().nth(i, step).load(isa, 0));
         let odds = Odds::of(isa, others);
-        let good = near.and(others.eq(others));
-        let bad = splat::<S, T>(isa, f64::NAN);
-        let loss = Vf::<S, T>::select(good, odds.loss((max - logit) * scale, one), bad);
-        T::store_wide(isa, loss, SpanMut::of(job.loss), j);
-        left |= good.count() < Vf::<S, T>::LANES;
+        let good = zero.lt(ties).and(others.eq(others));
+        let value = Vf::<S, T>::select(good, odds.loss((max - logit) * scale, one), bad);
+        T::store_wide(isa, value, rows.loss.nth(i, step), 0);
+        left |= good.count() < step;
         if STORE {
-            let inverse = odds.p_max * over;
-            let (p, q) = at.parts(logit);
+            let inverse = odds.p_max * rows.over.read().nth(i, step).load(isa, 0);
+            let (p, q) = exp.anchor(exp.reference(max)).parts(logit);
             let lone = logit.eq(max).and(ties.eq(one));
             let patch = Vf::<S, T>::select(lone, odds.at_max(isa, one, (zero, one), None), (p * q) * inverse - one);
-            SpanMut::of(&mut slopes.a).store(isa, j, g * inverse);
-            SpanMut::of(&mut slopes.patch).store(isa, j, g * patch);
+            rows.slope.nth(i, step).store(isa, 0, g * inverse);
+            rows.patch.nth(i, step).store(isa, 0, g * patch);
         }
     }
     left

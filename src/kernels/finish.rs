@@ -54,6 +54,9 @@ pub struct Tile {
 impl Tile {
     /// Makes room for `entries` sparse targets per row.
     pub fn reserve(&mut self, entries: usize) {
+        if self.top.len() >= WIDTH && self.patch.len() >= entries * WIDTH {
+            return;
+        }
         for v in [
             &mut self.max,
             &mut self.ties,

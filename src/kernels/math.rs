@@ -37,6 +37,8 @@ const LOG2_E: [f64; 2] = [1.442_695_040_888_963_4, 2.035_527_374_093_103_3e-17];
 pub trait Real: Float {
     /// 1.5·2^(digits − 1): a sum with it is rounded to an integer, of either sign.
     const MAGIC: Self;
+    /// 2^(digits − 1): from here on numbers are whole, and neighbours differ by one.
+    const WHOLE: Self;
     /// As long as |x·scale| is at most this, x·log2 e is on the grid of [`Real::MAGIC`] and the reduction keeps its accuracy.
     const LIMIT: Self;
     /// The maximum's exponential is about 2^(BIAS − 1): so much below it is lost to underflow later, and sums have 2^100 to spare.
@@ -69,6 +71,7 @@ pub trait Real: Float {
 
 impl Real for f32 {
     const MAGIC: f32 = 12_582_912.0;
+    const WHOLE: f32 = 8_388_608.0;
     const LIMIT: f32 = 131_072.0;
     const BIAS: f32 = 48.0;
     // 150·log2 e = 216.4: with the bias, 2^-193. The smallest subnormal is 2^-149.
@@ -113,6 +116,7 @@ impl Real for f32 {
 
 impl Real for f64 {
     const MAGIC: f64 = 6_755_399_441_055_744.0;
+    const WHOLE: f64 = 4_503_599_627_370_496.0;
     const LIMIT: f64 = 1_073_741_824.0;
     const BIAS: f64 = 80.0;
     // 1100·log2 e = 1586.96: with the bias, 2^-1563. The smallest subnormal is 2^-1074.

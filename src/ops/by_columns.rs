@@ -246,17 +246,17 @@ fn all_plain<T: Work>(job: &Job) -> bool {
         && few::gradient_fits::<T>(job.g * job.terms.scale)
 }
 
-/// The classes of a strip as numbers.
-fn numbers<T: Work>(strip: &Strip) -> [T; WIDTH] {
-    let mut target = [T::ZERO; WIDTH];
-    let Some(labels) = &strip.job.labels else { return target };
+/// The classes of a strip as numbers; of rows without one, any.
+fn numbers<T: Work>(strip: &Strip, target: &mut [T; WIDTH]) {
+    let Some(labels) = &strip.job.labels else { return };
+    // There are few classes: half of the integer is all of it, and what vectors can convert.
+    let number = |class: i64| T::number_f32(class as i32 as f32);
     if strip.run {
         let class = &labels.class[strip.kept[0]..][..strip.kept.len()];
-        target.iter_mut().zip(class).for_each(|(target, &class)| *target = T::number_f32(class as f32));
+        target.iter_mut().zip(class).for_each(|(target, &class)| *target = number(class));
     } else {
-        target.iter_mut().zip(strip.kept).for_each(|(target, &row)| *target = T::number_f32(labels.class[row] as f32));
+        target.iter_mut().zip(strip.kept).for_each(|(target, &row)| *target = number(labels.class[row]));
     }
-    target
 }
 
 /// Most rows of a small call, and most elements.
@@ -299,7 +299,8 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
     exec.level.run(filled);
     let divisor = n as f64;
     let g = out.map(|_| 1.0 / divisor);
-    let left = exec.level.run(Few { scale: 1.0, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss });
+    let lanes = room(&mut single.block, few::LANES * stride);
+    let left = exec.level.run(Few { scale: 1.0, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes });
     let sum = if left { None } else { Some(exec.level.run(Sum(&mut tile.loss, n)).value() / divisor) };
     if let (Some(_), Some(out)) = (sum, out) {
         exec.level.run(if classes == 2 {
@@ -322,10 +323,12 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
     let mut x = core::mem::take(x);
     let logits = room(&mut x, classes * stride);
     strip.fill::<E, T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
-    let target = numbers::<T>(strip);
+    let mut target = [T::ZERO; WIDTH];
+    numbers(strip, &mut target);
     let g = job.out.map(|_| job.g);
     let tiled = ColumnsMut::of(logits, stride, classes, stride);
-    let left = job.level.run(Few { scale: job.terms.scale, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss });
+    let lanes = room(flat, few::LANES * WIDTH);
+    let left = job.level.run(Few { scale: job.terms.scale, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes });
     // Only adjacent rows are in a strip without being kept.
     if !job.weights.all && job.tile_read == Path::Columns {
         for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
@@ -412,7 +415,10 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let mut losses = [f64::NAN; WIDTH];
     if few && self::plain::<T>(job) {
         let tiled = ColumnsMut::of(x, stride, classes, stride);
-        job.level.run(Few { scale: job.terms.scale, g: None, x: tiled, rows: n, target: &numbers::<T>(strip), loss: &mut losses });
+        let mut target = [T::ZERO; WIDTH];
+        numbers(strip, &mut target);
+        let lanes = room(operands.flat, few::LANES * WIDTH);
+        job.level.run(Few { scale: job.terms.scale, g: None, x: tiled, rows: n, target: &target, loss: &mut losses, lanes });
     }
     // Where the only target of each row stands in the tile. What is left out gets the target 0, and results that are overwritten.
     let mut index = [0; WIDTH];

@@ -333,6 +333,11 @@ impl Vector for F32x8 {
         Self::select(mask, self + x, self)
     }
     #[inline(always)]
+    fn count_where(self, mask: Mask32x8) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX2.
+        Self(unsafe { _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(self.0), _mm256_castps_si256(mask.0))) })
+    }
+    #[inline(always)]
     fn reduce_sum(self) -> f32 {
         // SAFETY: a vector implies the token, which proves AVX.
         unsafe {
@@ -503,6 +508,11 @@ impl Vector for F64x4 {
     #[inline(always)]
     fn add_where(self, mask: Mask64x4, x: Self) -> Self {
         Self::select(mask, self + x, self)
+    }
+    #[inline(always)]
+    fn count_where(self, mask: Mask64x4) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX2.
+        Self(unsafe { _mm256_castsi256_pd(_mm256_sub_epi64(_mm256_castpd_si256(self.0), _mm256_castpd_si256(mask.0))) })
     }
     #[inline(always)]
     fn reduce_sum(self) -> f64 {

@@ -330,6 +330,11 @@ impl Vector for F32x16 {
         Self(unsafe { _mm512_mask_add_ps(self.0, mask.0, self.0, x.0) })
     }
     #[inline(always)]
+    fn count_where(self, mask: Mask16) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_mask_add_ps(self.0, mask.0, self.0, _mm512_set1_ps(1.0)) })
+    }
+    #[inline(always)]
     fn fma_where(self, mask: Mask16, a: Self, b: Self) -> Self {
         // SAFETY: a vector implies the token, which proves AVX-512 F.
         Self(unsafe { _mm512_mask3_fmadd_ps(a.0, b.0, self.0, mask.0) })
@@ -504,6 +509,11 @@ impl Vector for F64x8 {
     fn add_where(self, mask: Mask8, x: Self) -> Self {
         // SAFETY: a vector implies the token, which proves AVX-512 F.
         Self(unsafe { _mm512_mask_add_pd(self.0, mask.0, self.0, x.0) })
+    }
+    #[inline(always)]
+    fn count_where(self, mask: Mask8) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_mask_add_pd(self.0, mask.0, self.0, _mm512_set1_pd(1.0)) })
     }
     #[inline(always)]
     fn fma_where(self, mask: Mask8, a: Self, b: Self) -> Self {

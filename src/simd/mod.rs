@@ -363,6 +363,10 @@ pub trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = 
         Self::select(mask, a.mul_add(b, self), self)
     }
 
+    /// `self + 1` in the lanes of `mask`, for whole numbers in [2^23, 2^24) (f32) or [2^52, 2^53): neighbouring numbers there.
+    #[must_use]
+    fn count_where(self, mask: Self::Mask) -> Self;
+
     /// The sum of the lanes, halves first: a fixed order.
     fn reduce_sum(self) -> Self::Elem;
     /// The largest lane; lanes hold no NaN.

@@ -280,6 +280,11 @@ impl Vector for F32x4 {
         }
     }
     #[inline(always)]
+    fn count_where(self, mask: Mask32x4) -> Self {
+        // SAFETY: a vector implies the token, which proves NEON.
+        Self(unsafe { vreinterpretq_f32_u32(vsubq_u32(vreinterpretq_u32_f32(self.0), mask.0)) })
+    }
+    #[inline(always)]
     fn reverse(self) -> Self {
         // SAFETY: a vector implies the token, which proves NEON.
         unsafe {
@@ -370,6 +375,11 @@ impl Vector for F64x2 {
                 vst1q_f64(row_mut::<f64>(base, offsets, 1).add(c), odd.0);
             }
         }
+    }
+    #[inline(always)]
+    fn count_where(self, mask: Mask64x2) -> Self {
+        // SAFETY: a vector implies the token, which proves NEON.
+        Self(unsafe { vreinterpretq_f64_u64(vsubq_u64(vreinterpretq_u64_f64(self.0), mask.0)) })
     }
     #[inline(always)]
     fn reverse(self) -> Self {

@@ -301,6 +301,10 @@ macro_rules! vector {
             fn add_where(self, mask: Mask1, x: Self) -> Self {
                 if mask.0 { self + x } else { self }
             }
+            #[inline(always)]
+            fn count_where(self, mask: Mask1) -> Self {
+                if mask.0 { self + Self(1.0) } else { self }
+            }
 
             #[inline(always)]
             fn reduce_sum(self) -> $elem {
