@@ -81,6 +81,7 @@ check-counts: ## compare the instruction counts with that file, within 2 %
 check: .venv-check/.wheel ## formatting, lints, types, stubs, Rust tests
 	./.ci/stage "cargo fmt" $(CARGO) fmt --check
 	./.ci/stage "cargo fmt, fuzz targets" $(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
+	./.ci/stage "cargo fmt, mutants" $(CARGO) fmt --manifest-path tools/mutants/Cargo.toml --check
 	./.ci/stage "cargo clippy" $(CARGO) clippy --locked --all-targets -- -D warnings
 	./.ci/stage "cargo clippy, all features" $(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	./.ci/stage "ruff check" .venv-check/bin/ruff check
@@ -119,6 +120,14 @@ tsan: ## the Rust tests under ThreadSanitizer with a standard library built for 
 .PHONY: memcheck
 memcheck: ## the Rust tests of the core under valgrind, which has AVX2 but not AVX-512: minutes
 	tools/memcheck.sh $(ARGS)
+
+.PHONY: mutants
+mutants: ## mutation testing of the kernels and batch operations, ARGS="--every 9"; half an hour or more
+	$(PYTHON) tools/mutants.py $(ARGS)
+
+.PHONY: loops
+loops: ## the kernels' inner loops as the compiler made them: instructions, spills, scalar arithmetic (objdump)
+	$(PYTHON) tools/loops.py $(ARGS)
 
 .PHONY: format
 format: .venv-check/.ready ## rewrite the sources in the house format

@@ -2,6 +2,7 @@
 
 use crate::array::{Array, Out};
 use crate::kernels::finish::{Terms, WIDTH};
+use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
 use super::by_columns;
@@ -45,6 +46,8 @@ pub fn cross_entropy(
     let upstream = grad.and_then(|grad| if let GradOutput::Rows(rows) = &grad.grad_output { Some(rows) } else { None });
     let bend = Bend { softcap: options.softcap, mask: options.mask.as_ref() };
     let mut job = Job::new(Kind::Loss, logits, &[axis], grad.map(|grad| &grad.out), probs, rows, upstream, bend, exec.level)?;
+    // The targets are read first, by the caller alone.
+    let awake = if job.shared(exec) { threads::wake(exec.threads) } else { None };
     job.weight = read_optional(options.weight.as_ref())?;
     if !job.weight.is_empty() && job.weight.len() != job.classes.size {
         return Err(Error::Invalid("weight must have one element per class"));
@@ -75,6 +78,7 @@ pub fn cross_entropy(
     };
     job.labels = labels;
     afford(exec, &job)?;
+    drop(awake);
     // Rows without classes lose nothing; there may be any number of them.
     let sum = if job.classes.size == 0 && rows.is_none() && options.z_loss == 0.0 { 0.0 } else { job.run(exec)? };
     Ok(match options.reduction {

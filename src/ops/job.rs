@@ -229,9 +229,19 @@ impl<'a> Job<'a> {
         })
     }
 
+    /// Tasks that the rows are cut into.
+    fn tasks(&self) -> usize {
+        self.rows.size.div_ceil(self.rows_per_task)
+    }
+
+    /// Whether the work is shared among threads.
+    pub(super) fn shared(&self, exec: &Exec) -> bool {
+        self.tasks() > 1 && exec.threads > 1 && self.rows.size * self.classes.size >= 2 * TASK
+    }
+
     /// Runs over all rows and returns the sum of the row results.
     pub(super) fn run(&self, exec: &Exec) -> Result<f64, Error> {
-        let tasks = self.rows.size.div_ceil(self.rows_per_task);
+        let tasks = self.tasks();
         let work = |task: usize| -> Result<Pair, Error> {
             let first = task * self.rows_per_task;
             let last = self.rows.size.min(first + self.rows_per_task);
@@ -247,7 +257,7 @@ impl<'a> Job<'a> {
             Ok(sum)
         };
         let mut total = Pair::default();
-        if tasks < 2 || exec.threads <= 1 || self.rows.size * self.classes.size < 2 * TASK {
+        if !self.shared(exec) {
             for task in 0..tasks {
                 total.merge(work(task)?);
             }
