@@ -1,9 +1,10 @@
 """What the compiler made of the kernels' inner loops: their instructions, and what should not be among them.
 
-``python tools/loops.py`` builds the library's example and prints, per kernel and instruction set, the innermost loops with vector arithmetic:
-instructions, spills to the stack and reloads from it, scalar float arithmetic, calls, and exits (bounds checks that were not folded into the loop's
-condition). Whatever stands between the first and the last instruction of a loop counts, also what is hardly ever run. ``--worst`` prints only the loops
-with spills, scalar arithmetic or calls. Needs objdump; ``--triple aarch64-unknown-linux-gnu`` a cross compiler too (RUSTC, OBJDUMP).
+``python tools/loops.py`` builds the library's example and prints, per kernel and instruction set, the innermost loops with vector
+arithmetic: instructions, spills to the stack and reloads from it, scalar float arithmetic, calls, and exits (bounds checks that were not
+folded into the loop's condition). Whatever stands between the first and last instruction of a loop counts, also what is hardly ever run.
+``--worst`` prints only the loops with spills, scalar arithmetic or calls. Needs objdump; ``--triple aarch64-unknown-linux-gnu`` a cross
+compiler too (RUSTC, OBJDUMP).
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
 FUNCTION = re.compile(r"^[0-9a-f]+ <<crossent::simd::(\w+)::\w+>::run::shim::<(.*)>>:$")
@@ -25,7 +29,9 @@ VECTOR = re.compile(
     r"^(v(add|sub|mul|div|max|min|fn?m(add|sub)\d+|cvt\w+2?|sqrt|scalef|range|rndscale)p[sd] "
     r"|f(add|sub|mul|div|max\w*|min\w*|mla|mls|cvt\w+|sqrt) v\d+\.(4s|2d))"
 )
-SCALAR = re.compile(r"^(v?(add|sub|mul|div|max|min|fn?m(add|sub)\d+|sqrt)s[sd] |f(add|sub|mul|div|max\w*|min\w*|n?madd|n?msub|sqrt) [sd]\d+,)")
+SCALAR = re.compile(
+    r"^(v?(add|sub|mul|div|max|min|fn?m(add|sub)\d+|sqrt)s[sd] |f(add|sub|mul|div|max\w*|min\w*|n?madd|n?msub|sqrt) [sd]\d+,)"
+)
 JUMP = re.compile(r"^(?:j\w+|b|b\.\w+|cbn?z|tbn?z) (?:[^<]*, )?([0-9a-f]+) <")
 SPILL = re.compile(r"^((v?|k)mov\w* [^,]*\[rsp|st[rp] .*\[sp)")
 RELOAD = re.compile(r"^(?!(v?|k)mov\w* [^,]*\[rsp|st[rp] ).*\[r?sp")
@@ -118,9 +124,11 @@ def main() -> None:
             print(f"| {kernel} | {level} | " + " | ".join(map(str, dataclasses.astuple(loop))) + " |")
     for level in sorted({level for _, level, _ in found}):
         of = [loop for _, where, loop in found if where == level]
-        spilled = sum(loop.spills > 0 for loop in of)
-        scalar = sum(loop.scalar > 0 for loop in of)
-        print(f"\n{level}: {len(of)} innermost loops, {spilled} with spills, {scalar} with scalar arithmetic, {sum(loop.calls > 0 for loop in of)} with calls")
+        flaws = [
+            f"{sum(getattr(loop, flaw) > 0 for loop in of)} with {what}"
+            for flaw, what in (("spills", "spills"), ("scalar", "scalar arithmetic"), ("calls", "calls"))
+        ]
+        print(f"\n{level}: {len(of)} innermost loops, {', '.join(flaws)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Mutation testing: how many wrong kernels and batch operations the Rust tests notice.
+"""Mutation testing: how many wrong kernels and batch operations the tests notice.
 
-``python tools/mutants.py`` puts every EVERY-th possible mutant into a copy of the crate, all in one build and each behind a switch (tools/mutants), and
-runs the tests once per mutant. It prints the mutants that no test noticed, and writes all of them to target/mutants/results.json.
+``python tools/mutants.py`` puts every EVERY-th possible mutant into a copy of the crate, all in one build and each behind a switch
+(tools/mutants), and runs the Rust tests once per mutant; with ``--python`` those they do not notice go through the Python tests of what
+they leave to it. It prints the mutants that no test noticed, and writes all of them to target/mutants/results.json.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "CARGO_PROFILE_DEV_DEBUG": "0",
     "RUSTFLAGS": "-Awarnings",
 }
+# Python tests of options and by-products, most of which the Rust tests know nothing of.
+PYTHON_TESTS = ("options", "meaning", "scores", "topk", "kl", "by_products", "matrix")
 SWITCH = re.compile(r"crate::mutant\((\d+)u32\)")
 QUICK = 1.0
 
@@ -87,14 +89,10 @@ def build() -> tuple[list[str], set[int]]:
 def run(program: str, tests: list[str], mutant: int, limit: float) -> tuple[bool, float]:
     """Whether the tests pass within so many seconds of processor time, and what they take of it."""
 
-    def bound() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit)))
-
-    command = [program, "--exact", "--test-threads", "1", "--quiet", *tests]
+    bound = f"--cpu={int(limit)}"
+    command = ["prlimit", bound, program, "--exact", "--test-threads", "1", "--quiet", *tests]
     environment = {**os.environ, "MUTANT": str(mutant), "RUST_BACKTRACE": "0", "PROPTEST_FAILURE_PERSISTENCE": "off"}
-    with subprocess.Popen(
-        command, cwd=CRATE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=bound
-    ) as process:
+    with subprocess.Popen(command, cwd=CRATE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         # One that waits for ever takes no time.
         watch = threading.Timer(60 + 20 * limit, process.kill)
         watch.start()
@@ -138,10 +136,36 @@ def killer(order: list[tuple[str, list[str], float]], mutant: int) -> str | None
     return None
 
 
+def package(python: str) -> Path:
+    """The Python package with the mutants in it."""
+    environment = {**ENVIRONMENT, "PYO3_PYTHON": python, "PYO3_BUILD_EXTENSION_MODULE": "1"}
+    command = ["cargo", "build", "--locked", "--lib", "--features", "python"]
+    subprocess.run(command, cwd=CRATE, env=environment, check=True, capture_output=True)
+    folder = WORK / "package"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "python" / "crossent", folder / "crossent", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(WORK / "build" / "debug" / "libcrossent.so", folder / "crossent" / "_core.abi3.so")
+    return folder
+
+
+def python_killer(python: str, folder: Path, mutant: int) -> str | None:
+    """The first Python test that fails."""
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in PYTHON_TESTS]
+    command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "MUTANT": str(mutant), "PYTHONPATH": str(folder)}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    except subprocess.TimeoutExpired:
+        return "Python tests: no end"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return None if done.returncode == 0 else failed[1] if failed else "Python tests"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=10, help="one of so many possible mutants (default 10)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--python", help="an interpreter with requirements/test.txt, for those that survive the Rust tests")
     parser.add_argument("--most", type=int, help="at most so many of them")
     parser.add_argument("--only", type=int, nargs="*", help="these mutants alone")
     options = parser.parse_args()
@@ -160,9 +184,15 @@ def main() -> None:
 
     # In no order, so that a run that is broken off has seen a sample of all files.
     chosen = options.only or random.Random(1).sample(list(mutants), len(mutants))[: options.most]
+    folder = package(options.python) if options.python else None
+
+    def either(mutant: int) -> str | None:
+        by = killer(order, mutant)
+        return python_killer(options.python, folder, mutant) if by is None and folder else by
+
     results: dict[int, str | None] = {}
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        futures = {pool.submit(killer, order, mutant): mutant for mutant in chosen}
+        futures = {pool.submit(either, mutant): mutant for mutant in chosen}
         for future in concurrent.futures.as_completed(futures):
             mutant = futures[future]
             results[mutant] = future.result()
