@@ -403,3 +403,36 @@ fn broadcast_logits() {
         }
     }
 }
+
+/// What is under False might as well not be there: the rest of the classes alone give the same, whatever the other options are.
+#[test]
+fn masked_classes_might_as_well_not_be_there() {
+    let mut random = Random(5);
+    for level in levels() {
+        let exec = Exec { level, threads: 1 };
+        for (classes, rows) in [(5usize, 40usize), (31, 20), (66, 20), (130, 9), (1027, 5), (2500, 3)] {
+            let kept: Vec<usize> = (0..classes).filter(|c| c % 3 != 1).collect();
+            let x: Vec<f64> = (0..rows * classes).map(|_| f64::from((random.uniform() * 8.0) as f32)).collect();
+            let labels: Vec<i128> = (0..rows).map(|r| (r * 7 % kept.len()) as i128).collect();
+            let here: Vec<i128> = labels.iter().map(|&label| kept[label as usize] as i128).collect();
+            let rest: Vec<f64> = x.chunks_exact(classes).flat_map(|row| kept.iter().map(|&c| row[c])).collect();
+            let flags: Vec<i128> = (0..rows * classes).map(|i| i128::from(i % classes % 3 != 1)).collect();
+            let mask = Tensor::ints(DType::Bool, Layout::C, &[rows, classes], &flags);
+            for (label_smoothing, softcap, z_loss) in [(0.0, None, 0.0), (0.2, None, 0.0), (0.1, Some(6.0), 1e-2), (0.0, Some(3.0), 0.0)] {
+                let plain = LossOptions { label_smoothing, softcap, z_loss, ..LossOptions::default() };
+                let masked = LossOptions { mask: Some(mask.array()), ..plain.clone() };
+                let context = || format!("{classes} classes, smoothing {label_smoothing}, cap {softcap:?}, {level:?}");
+                let (losses, gradient) = simple(&exec, DType::F32, &[rows, classes], 1, &x, &here, &masked);
+                let (expected, slopes) = simple(&exec, DType::F32, &[rows, kept.len()], 1, &rest, &labels, &plain);
+                for r in 0..rows {
+                    close(DType::F32, 8.0, losses[r], expected[r], 0.0, &|| format!("loss {r} of {}", context()));
+                    for (j, &c) in kept.iter().enumerate() {
+                        let want = slopes[r * kept.len() + j];
+                        close(DType::F32, 16.0, gradient[r * classes + c], want, 0.1, &|| format!("gradient {r}, {c} of {}", context()));
+                    }
+                    assert!((0..classes).all(|c| c % 3 != 1 || gradient[r * classes + c] == 0.0), "under False: {}", context());
+                }
+            }
+        }
+    }
+}

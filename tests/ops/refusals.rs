@@ -74,3 +74,43 @@ fn any_label_may_be_the_ignored_one() {
         }
     }
 }
+
+#[test]
+fn an_axis_that_is_not_there_is_refused() {
+    let exec = Exec { level: levels()[0], threads: 1 };
+    let shape = [3, 5];
+    let of = |dtype| Tensor::empty(dtype, Layout::C, &shape);
+    let rows = |dtype| Tensor::empty(dtype, Layout::C, &[3]);
+    let x = Tensor::floats(DType::F32, Layout::C, &shape, &[0.5; 15]);
+    let y = Tensor::ints(DType::I64, Layout::C, &[3], &[1; 3]);
+    let (x, labels) = (x.array(), y.array());
+    let options = LossOptions::default();
+    for axis in [2, 3, usize::MAX] {
+        let (mut out, mut indices) = (of(DType::F32), of(DType::I64));
+        let mut floats = [(); 2].map(|()| rows(DType::F32));
+        let mut ints = [DType::I64, DType::Bool].map(rows);
+        let [logprob, logsumexp] = &mut floats;
+        let [argmax, greedy] = &mut ints;
+        let scores = ops::Scores {
+            logprob: logprob.out(),
+            logsumexp: logsumexp.out(),
+            argmax: argmax.out(),
+            greedy: greedy.out(),
+            entropy: None,
+            rank: None,
+        };
+        let results = [
+            ops::score_tokens(&exec, &x, axis, &labels, None, &scores),
+            ops::topk_logprobs(&exec, &x, axis, &out.out(), &indices.out()),
+            ops::kl_divergence(&exec, &x, &x, axis, 1.0, Reduction::Mean, None, None).map(drop),
+            ops::softmax(&exec, &x, &[axis], &out.out()),
+            ops::softmax_vjp(&exec, &x, &x, axis, &out.out()),
+            ops::log_softmax_vjp(&exec, &x, &x, axis, &out.out()),
+            ops::cross_entropy(&exec, &x, axis, &Target::Index(y.array()), &options, None, None).map(drop),
+            ops::nll_loss(&exec, &x, axis, &labels, &options, None, None).map(drop),
+        ];
+        for (operation, result) in results.iter().enumerate() {
+            assert!(matches!(result, Err(Error::Invalid(_))), "operation {operation}, axis {axis}: {result:?}");
+        }
+    }
+}
