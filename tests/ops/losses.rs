@@ -148,6 +148,21 @@ pub fn simple(
     y: &[i128],
     options: &LossOptions,
 ) -> (Vec<f64>, Vec<f64>) {
+    simple_scaled(exec, dtype, shape, axis, x, y, options, 1.0)
+}
+
+/// The same with gradients times `g`.
+#[allow(clippy::too_many_arguments)]
+fn simple_scaled(
+    exec: &Exec,
+    dtype: DType,
+    shape: &[usize],
+    axis: usize,
+    x: &[f64],
+    y: &[i128],
+    options: &LossOptions,
+    g: f64,
+) -> (Vec<f64>, Vec<f64>) {
     let x = Tensor::floats(dtype, Layout::C, shape, x);
     let row_shape = without(shape, &[axis]);
     let target = Tensor::ints(DType::I64, Layout::C, &row_shape, y);
@@ -155,7 +170,7 @@ pub fn simple(
     let mut gradient = Tensor::empty(dtype, Layout::C, shape);
     {
         let out = rows.out();
-        let grad = Grad { out: gradient.out(), grad_output: GradOutput::Scalar(1.0) };
+        let grad = Grad { out: gradient.out(), grad_output: GradOutput::Scalar(g) };
         let options = LossOptions { reduction: Reduction::None, ..options.clone() };
         ops::cross_entropy(exec, &x.array(), axis, &Target::Index(target.array()), &options, Some(&out), Some(&grad)).unwrap();
     }
@@ -431,6 +446,32 @@ fn masked_classes_might_as_well_not_be_there() {
                         close(DType::F32, 16.0, gradient[r * classes + c], want, 0.1, &|| format!("gradient {r}, {c} of {}", context()));
                     }
                     assert!((0..classes).all(|c| c % 3 != 1 || gradient[r * classes + c] == 0.0), "under False: {}", context());
+                }
+            }
+        }
+    }
+}
+
+/// A small factor makes gradients small, and takes none of their digits as long as they are normal numbers.
+#[test]
+fn small_gradients_keep_their_digits() {
+    let mut random = Random(6);
+    for level in levels() {
+        let exec = Exec { level, threads: 1 };
+        for (dtype, g) in [(DType::F32, 1e-34), (DType::F32, 1e-31), (DType::F64, 1e-280)] {
+            for (classes, rows) in [(3usize, 30usize), (10, 20), (40, 20), (70, 20), (1030, 4), (3100, 3)] {
+                let x: Vec<f64> = (0..rows * classes).map(|_| f64::from((random.uniform() * 4.0) as f32)).collect();
+                let labels: Vec<i128> = (0..rows).map(|r| (r % classes) as i128).collect();
+                let strided: Vec<f64> = (0..rows * classes).map(|i| x[i % rows * classes + i / rows]).collect();
+                for (axis, shape, x) in [(1, [rows, classes], &x), (0, [classes, rows], &strided)] {
+                    let options = LossOptions::default();
+                    let (_, expected) = simple(&exec, dtype, &shape, axis, x, &labels, &options);
+                    let (_, gradient) = simple_scaled(&exec, dtype, &shape, axis, x, &labels, &options, g);
+                    for (i, (&got, &want)) in gradient.iter().zip(&expected).enumerate() {
+                        close(dtype, 8.0, got, want * g, 0.0, &|| {
+                            format!("gradient {i}, {classes} classes, axis {axis}, {g:e}, {level:?}")
+                        });
+                    }
                 }
             }
         }
