@@ -10,6 +10,7 @@ mod losses;
 mod oracle;
 mod refusals;
 mod same_bits;
+mod targets;
 mod tensor;
 mod transforms;
 
