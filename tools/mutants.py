@@ -157,7 +157,7 @@ def python_killer(python: str, folder: Path, mutant: int) -> str | None:
     command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "MUTANT": str(mutant), "PYTHONPATH": str(folder)}
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     except subprocess.TimeoutExpired:
         return "Python tests: no end"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)

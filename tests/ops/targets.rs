@@ -134,7 +134,7 @@ fn softcap_of_long_rows() {
 fn maxima_that_grow_beyond_the_grid() {
     for level in levels() {
         let exec = Exec { level, threads: 1 };
-        for (classes, rows) in [(200usize, 37usize), (20, 37), (3000, 9)] {
+        for (classes, rows) in [(200usize, 37usize), (20, 37), (3000, 9), (5000, 5)] {
             let value = |r: usize, c: usize| {
                 let base = [0.0, 2.0e5, 3.0e5, -4.0e5, 1.0e5][r % 5];
                 let step = [0.0, 1.0e5, 2.0, 0.0][r % 4] * (c * 4 / classes) as f64;
