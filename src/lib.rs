@@ -7,6 +7,7 @@ pub mod kernels;
 #[cfg(feature = "python")]
 mod memory;
 pub mod ops;
+mod place;
 #[cfg(feature = "python")]
 mod python;
 pub mod simd;

@@ -7,38 +7,57 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
+use crate::place::{Seat, make_way};
+
 struct Pool {
     process: u32,
-    workers: usize,
+    seats: Box<[Seat]>,
     threads: rayon::ThreadPool,
+}
+
+impl Pool {
+    /// Has threads do something, one each.
+    fn call(&'static self, threads: usize, job: impl Fn() + Clone + Send + 'static) {
+        make_way(self.seats.iter());
+        for _ in 0..threads {
+            let job = job.clone();
+            self.threads.spawn(move || {
+                job();
+                if let Some(seat) = rayon::current_thread_index().and_then(|index| self.seats.get(index)) {
+                    seat.leave();
+                }
+            });
+        }
+    }
 }
 
 static POOL: AtomicPtr<Pool> = AtomicPtr::new(core::ptr::null_mut());
 
 /// A pool of at least `workers` threads, or none when threads cannot be had.
-fn pool(workers: usize) -> Option<&'static rayon::ThreadPool> {
+fn pool(workers: usize) -> Option<&'static Pool> {
     let process = std::process::id();
     let current = POOL.load(Ordering::Acquire);
     // SAFETY: a pool, once published, is never freed.
     if let Some(known) = unsafe { current.as_ref() }
         && known.process == process
-        && known.workers >= workers
+        && known.seats.len() >= workers
     {
-        return Some(&known.threads);
+        return Some(known);
     }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(workers).thread_name(|i| format!("crossent-{i}")).build().ok()?;
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(workers).thread_name(|i| format!("crossent-{i}")).build().ok()?;
     // Until each has started: what the C library allocates for a thread's start, it aborts for when it cannot be had any more.
-    pool.broadcast(|_| ());
-    let made = Box::into_raw(Box::new(Pool { process, workers, threads: pool }));
+    let seats: Box<[Seat]> = (0..workers).map(|_| Seat::default()).collect();
+    threads.broadcast(|thread| seats[thread.index()].take());
+    let made = Box::into_raw(Box::new(Pool { process, seats, threads }));
     if POOL.compare_exchange(current, made, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         // A smaller pool of this process, or the parent's, stays behind: others may be using it.
         // SAFETY: just published, never freed.
-        return Some(unsafe { &(*made).threads });
+        return Some(unsafe { &*made });
     }
     // SAFETY: not published, so this is the only pointer to it.
     drop(unsafe { Box::from_raw(made) });
     // SAFETY: a pool, once published, is never freed.
-    unsafe { POOL.load(Ordering::Acquire).as_ref() }.map(|known| &known.threads)
+    unsafe { POOL.load(Ordering::Acquire).as_ref() }
 }
 
 /// One call's work. Helpers hold it by reference count: one that comes too late finds it closed and leaves, so that nobody waits for a thread that
@@ -121,17 +140,15 @@ pub fn wake(threads: usize) -> Option<Awake> {
     let helpers = threads.saturating_sub(1);
     let pool = if helpers > 0 { pool(helpers) } else { None }?;
     let called = Awake(Arc::new(AtomicBool::new(false)));
-    for _ in 0..helpers {
-        let released = Arc::clone(&called.0);
-        pool.spawn(move || {
-            for _ in 0..PATIENCE {
-                if released.load(Ordering::Relaxed) {
-                    break;
-                }
-                core::hint::spin_loop();
+    let released = Arc::clone(&called.0);
+    pool.call(helpers, move || {
+        for _ in 0..PATIENCE {
+            if released.load(Ordering::Relaxed) {
+                break;
             }
-        });
-    }
+            core::hint::spin_loop();
+        }
+    });
     Some(called)
 }
 
@@ -146,10 +163,8 @@ pub fn for_each(threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     let forever = unsafe { core::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(task) };
     let region =
         Arc::new(Region { task: forever, tasks, next: AtomicUsize::new(0), inside: AtomicUsize::new(0), panicked: AtomicBool::new(false) });
-    for _ in 0..helpers {
-        let region = Arc::clone(&region);
-        pool.spawn(move || region.help());
-    }
+    let shared = Arc::clone(&region);
+    pool.call(helpers, move || shared.help());
     {
         let _close = Close(&region);
         region.work(task);

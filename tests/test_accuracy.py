@@ -281,3 +281,33 @@ def test_no_probability_exceeds_1(level):
         x = rng.normal(0, 10, (1000, 1)).astype(dtype)
         assert (ce.softmax(x, 1) == 1).all()
         assert (ce.softmax(x.T, 0) == 1).all()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100, 3000])
+def test_sure_rows_keep_the_digits_of_the_others(level, dtype, classes):
+    """One class has everything, exactly; that takes nothing from what the others are known to."""
+    rng = np.random.default_rng(classes)
+    x = rng.normal(0, 3, (50, classes))
+    best = rng.integers(0, classes, 50)
+    margin = rng.uniform(25, 60, 50) if dtype != F64 else rng.uniform(50, 300, 50)
+    x[np.arange(50), best] = x.max(1) + margin + np.log(classes)
+    x = cast(x, dtype)
+    want = exact(x).probs
+    for given, axis in ((x, 1), (np.asfortranarray(x), 1), (np.ascontiguousarray(x.T), 0)):
+        p = np.moveaxis(ce.softmax(given, axis), axis, 1)
+        assert (p[np.arange(50), best] == 1).all()
+        assert_ulps(p, want, dtype, 4, what="softmax")
+
+
+def test_tied_maxima_cost_the_true_class_nothing(level):
+    """Its probability is one over the sum, without the error of an exponential."""
+    rng = np.random.default_rng(3)
+    for classes in (2, 10, 100, 1000, 3000):
+        for dtype in (F32, F64):
+            x = rng.normal(0, 3, (50, classes)).astype(dtype)
+            x[:, :2] = x.max(1)[:, None] + 1
+            y = rng.integers(0, 2, 50)
+            _, grad = ce.cross_entropy_with_grad(x, y, reduction="none")
+            want, _ = exact_gradient(exact(x), target_mass(x, y))
+            at = np.arange(50), y
+            assert_ulps(grad[at], DD(want.hi[at], want.lo[at]), dtype, 1.5, what="gradient")

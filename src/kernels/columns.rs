@@ -502,11 +502,38 @@ fn grow<S: Isa, T: Summand>(
 
 // --- emit ---------------------------------------------------------------------------------------------------------------------------
 
+/// What keeps probabilities at 1, and makes a class that has everything exactly 1: the product has the error of two exponentials.
+#[derive(Clone, Copy)]
+struct Cap<'t, V> {
+    tile: &'t Tile,
+    most: V,
+}
+
+impl<'t, V: Vector> Cap<'t, V>
+where
+    V::Elem: Summand + Float<V<V::Isa> = V>,
+{
+    #[inline(always)]
+    fn new(isa: V::Isa, tile: &'t Tile, most: f64) -> Self {
+        Self { tile, most: V::splat(isa, V::Elem::from_f64(most)) }
+    }
+    /// Above which the results of the columns from `j` on are the most there is.
+    #[inline(always)]
+    fn above(self, isa: V::Isa, j: usize) -> V {
+        // Without a cap `top` is the gradient at the maximum.
+        let top = V::Elem::load_wide(isa, Span::of(&self.tile.top), j);
+        V::select(self.most.eq(V::splat(isa, V::Elem::ONE)), top, self.most)
+    }
+    #[inline(always)]
+    fn cut(self, above: V, v: V) -> V {
+        V::select(above.lt(v), self.most, v)
+    }
+}
+
 /// Replaces the stored exponentials of a tile by `a·e − g·t`.
 #[inline(always)]
 pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile, most: f64) {
-    let e = x.read();
-    let most = splat::<S, T>(isa, most);
+    let (e, cap) = (x.read(), Cap::new(isa, tile, most));
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         if dense.is_some() {
@@ -515,9 +542,9 @@ pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, d
                 x.store_whole(isa, c, j, e.load_whole(isa, c, j) * a - dense.load(isa, c, j) * g);
             }
         } else {
+            let above = cap.above(isa, j);
             for c in 0..e.classes() {
-                // In this order NaN passes.
-                x.store_whole(isa, c, j, most.min(e.load_whole(isa, c, j) * a));
+                x.store_whole(isa, c, j, cap.cut(above, e.load_whole(isa, c, j) * a));
             }
         }
     }
@@ -546,7 +573,7 @@ pub fn balance<T: Summand>(x: ColumnsMut<T>, width: usize, tile: &mut Tile, stor
 /// Replaces the logits of a tile by `a·exp(x − reference) − g·t`.
 #[inline(always)]
 pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile, most: f64) {
-    let most = splat::<S, T>(isa, most);
+    let cap = Cap::new(isa, tile, most);
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let from = x.read();
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
@@ -554,8 +581,9 @@ pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width:
         let at = exp.anchor(T::load_wide(isa, Span::of(&tile.k), j));
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.slope), j) } else { a };
+        let above = cap.above(isa, j);
         for c in 0..from.classes() {
-            let mut out = most.min(at.exp2(from.load_whole(isa, c, j) - b) * a);
+            let mut out = cap.cut(above, at.exp2(from.load_whole(isa, c, j) - b) * a);
             if dense.is_some() {
                 out = out - dense.load(isa, c, j) * g;
             }

@@ -1,9 +1,9 @@
 //! Results of rows: from exponentials that were kept or are computed again, or from logits.
 
 use crate::array::{DType, Element, Float, Half, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
-use crate::simd::{Isa, Kernel, Vector};
+use crate::simd::{Isa, Kernel, Mask, Vector};
 
-use super::finish::Tile;
+use super::finish::{SURE, Tile};
 use super::math::{Anchored, Exp, Real};
 use super::rows::BLOCK;
 use super::state::{Reference, Summand, splat};
@@ -214,6 +214,22 @@ pub enum From {
     Logs,
 }
 
+/// Makes a class that has everything exactly 1: the product has the error of two exponentials.
+#[inline(always)]
+fn crown<S: Isa, O: Element<Acc = T>, T: Real>(isa: S, dst: SpanMut<O>) {
+    let (step, all, sure) = (Vf::<S, T>::LANES, dst.read(), splat::<S, T>(isa, SURE));
+    let mut i = 0;
+    while i < all.len() {
+        let n = step.min(all.len() - i);
+        let v = if n == step { all.load(isa, i) } else { all.load_partial(isa, i, n, O::from_f64(0.0)) };
+        let above = sure.lt(v).bits();
+        if above != 0 {
+            return dst.set(i + above.trailing_zeros() as usize, O::from_f64(1.0));
+        }
+        i += n;
+    }
+}
+
 /// Results of rows that were finished, or of one block of a row, as a kernel: `min(a·e, most) − slope·t`.
 pub struct Emit<'a, T, O> {
     /// 1 / temperature.
@@ -252,12 +268,15 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
             let src = self.half.map_or_else(|| Source::Wide(self.src.row(r)), |half| Source::Half(half.row(r)));
             if self.references.is_empty() {
                 self.part(isa, &exp, self.first + r, None, src, self.t, dst);
-                continue;
+            } else {
+                for (index, &reference) in self.references[r * blocks..][..blocks].iter().enumerate() {
+                    let (start, n) = (index * BLOCK, BLOCK.min(len - index * BLOCK));
+                    let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
+                    self.part(isa, &exp, self.first + r, Some(reference), src.part(start, n), t, dst.part(start, n));
+                }
             }
-            for (index, &reference) in self.references[r * blocks..][..blocks].iter().enumerate() {
-                let (start, n) = (index * BLOCK, BLOCK.min(len - index * BLOCK));
-                let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
-                self.part(isa, &exp, self.first + r, Some(reference), src.part(start, n), t, dst.part(start, n));
+            if self.most == 1.0 && self.tile.top[self.first + r] == SURE {
+                crown(isa, dst);
             }
         }
         if self.past {

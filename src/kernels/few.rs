@@ -227,8 +227,7 @@ fn lose<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, g: f64, rows:
         if STORE {
             let inverse = odds.p_max * rows.over.read().nth(i, step).load(isa, 0);
             let (p, q) = exp.anchor(exp.reference(max)).parts(logit);
-            let lone = logit.eq(max).and(ties.eq(one));
-            let patch = Vf::<S, T>::select(lone, odds.at_max(isa, one, (zero, one), None), (p * q) * inverse - one);
+            let patch = Vf::<S, T>::select(logit.eq(max), odds.at_max(isa, one, (zero, one), None), (p * q) * inverse - one);
             rows.slope.nth(i, step).store(isa, 0, g * inverse);
             rows.patch.nth(i, step).store(isa, 0, g * patch);
         }

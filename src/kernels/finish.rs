@@ -13,6 +13,9 @@ use super::state::splat;
 /// Most rows in a tile.
 pub const WIDTH: usize = 256;
 
+/// Where one class has everything but for what rounding leaves, it has more than this and all others have less.
+pub(super) const SURE: f64 = 0.5;
+
 /// Row states on their way in, coefficients on their way out; one element per row of the tile.
 #[derive(Debug, Default)]
 #[allow(missing_docs)]
@@ -37,7 +40,7 @@ pub struct Tile {
     pub loss: Vec<f64>,
     /// Multiplies e in the gradient.
     pub a: Vec<f64>,
-    /// The gradient at a lone maximum.
+    /// The gradient at a lone maximum. Of probabilities: those above it are 1.
     pub top: Vec<f64>,
     /// Logit of sparse target j of row r at `j * WIDTH + r`.
     pub x_target: Vec<f64>,
@@ -267,16 +270,16 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
                 } else {
                     exp.exp2((origin - b - splat::<S, f64>(isa, 1100.0 / terms.scale)).max(x - b), k)
                 };
-                let p = e * inverse;
+                // Of a maximum among several, without the error of its exponential.
+                let p = S::F64::select(x.eq(max), odds.p_max, e * inverse);
                 let other = S::F64::select(valid, g * (pull * p - mass), bad);
                 SpanMut::of(&mut tile.patch).store(isa, at, S::F64::select(x.eq(max).and(lone), top, other));
             }
         } else {
             SpanMut::of(&mut tile.lse).store(isa, r, lse);
             SpanMut::of(&mut tile.log_sum).store(isa, r, odds.log_sum);
-            // A class that has all of it is rounded up, so that the cap of the results makes it exactly 1.
             let sure = odds.others.lt(splat::<S, f64>(isa, terms.ulp * 0.25));
-            let inverse = S::F64::select(sure, inverse * splat::<S, f64>(isa, 1.0 + 2.0 * terms.ulp), inverse);
+            SpanMut::of(&mut tile.top).store(isa, r, S::F64::select(sure, splat::<S, f64>(isa, SURE), one));
             SpanMut::of(&mut tile.a).store(isa, r, S::F64::select(valid, inverse, bad));
         }
         r += step;
