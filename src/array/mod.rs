@@ -13,7 +13,7 @@ mod span;
 mod tile;
 
 pub use element::{Element, Float, Vf, lanes};
-pub use span::{Half, STREAM_ALIGN, Span, SpanMut};
+pub use span::{Flags, Half, STREAM_ALIGN, Span, SpanMut};
 pub use tile::{Columns, ColumnsMut, HalfRows, Offsets, Rows, RowsMut};
 
 use element::round_to_odd;
@@ -188,6 +188,16 @@ impl<'a> Array<'a> {
             DType::Bf16 => Some(Half::Bf16(self.span(offset, len))),
             _ => None,
         }
+    }
+
+    /// A run of adjacent truth values; nothing of other types.
+    pub(crate) fn flags(&self, offset: isize, len: usize) -> Option<Flags<'a>> {
+        if self.dtype != DType::Bool {
+            return None;
+        }
+        self.check(offset, 1, len);
+        // SAFETY: len adjacent bytes of the extent, checked above, which is valid for reads for 'a.
+        Some(unsafe { Flags::new(self.ptr.offset(offset), len) })
     }
 
     /// As [`Array::rows`] of either half type; nothing of others.

@@ -189,6 +189,74 @@ impl<'a, E: Element> SpanMut<'a, E> {
     }
 }
 
+/// A run of truth values, one byte each, of which 0 is False; a cell as [`Span`] is.
+#[derive(Clone, Copy)]
+pub struct Flags<'a> {
+    ptr: *const u8,
+    len: usize,
+    life: PhantomData<&'a ()>,
+}
+
+impl<'a> Flags<'a> {
+    /// # Safety
+    /// `ptr` is valid for reads of `len` bytes for `'a`.
+    #[inline(always)]
+    pub unsafe fn new(ptr: *const u8, len: usize) -> Self {
+        Self { ptr, len, life: PhantomData }
+    }
+
+    /// The bytes of a slice.
+    #[inline(always)]
+    pub fn of(slice: &'a [u8]) -> Self {
+        Self { ptr: slice.as_ptr(), len: slice.len(), life: PhantomData }
+    }
+
+    /// As [`Span::part`].
+    #[must_use]
+    #[inline(always)]
+    pub fn part(self, start: usize, len: usize) -> Self {
+        assert!(start <= self.len && len <= self.len - start);
+        // SAFETY: the part lies inside, checked above.
+        unsafe { Self::new(self.ptr.add(start), len) }
+    }
+
+    /// As [`Span::nth`].
+    #[must_use]
+    #[inline(always)]
+    pub fn nth(self, k: usize, size: usize) -> Self {
+        assert!(k < self.len / size);
+        // SAFETY: (k + 1)·size is at most the length, checked above.
+        unsafe { Self::new(self.ptr.add(k * size), size) }
+    }
+
+    /// Where value `i` is, or would be.
+    #[inline(always)]
+    pub fn address(self, i: usize) -> *const u8 {
+        self.ptr.wrapping_add(i)
+    }
+
+    /// The values from `i` on, as many as a vector has lanes.
+    #[inline(always)]
+    pub fn load<V: Vector>(self, isa: V::Isa, i: usize) -> V::Mask {
+        assert!(i + V::LANES <= self.len);
+        // SAFETY: in bounds; the run is valid for reads.
+        unsafe { V::flags(isa, self.ptr.add(i)) }
+    }
+
+    /// The `n` values from `i` on, the other lanes False.
+    #[inline(always)]
+    pub fn load_partial<V: Vector>(self, isa: V::Isa, i: usize, n: usize) -> V::Mask {
+        assert!(n <= V::LANES && i <= self.len && n <= self.len - i);
+        let mut bytes = [0; STREAM_ALIGN];
+        for (lane, byte) in bytes[..n].iter_mut().enumerate() {
+            // SAFETY: in bounds; the run is valid for reads.
+            *byte = unsafe { self.ptr.add(i + lane).read() };
+        }
+        // SAFETY: there are as many bytes as the largest vector has.
+        unsafe { V::flags(isa, bytes.as_ptr()) }
+    }
+}
+
 /// A run of halves of either type.
 #[derive(Clone, Copy)]
 pub enum Half<'a> {

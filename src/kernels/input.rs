@@ -1,10 +1,15 @@
 //! Where the blocks of a row come from, and what is read after them.
 
-use crate::array::{Element, Half, Span, SpanMut, Vf};
+use half::{bf16, f16};
+
+use crate::array::{Element, Flags, Half, Span, SpanMut, Vf};
 use crate::simd::{Isa, Vector};
 
 use super::math::Real;
 use super::rows::{BLOCK, block_max};
+
+/// Writes a block into the given elements, and what its exponentials are to be multiplied by where there is room.
+pub type Fill<'a, T> = dyn FnMut(usize, &mut [T], &mut [T]) + 'a;
 
 /// A row of logits or of a dense target stream, read block by block.
 pub enum Input<'a, T> {
@@ -19,10 +24,12 @@ pub enum Input<'a, T> {
     },
     /// Copied or computed block by block.
     Made {
-        /// Writes a block into the given elements; asked for in ascending order.
-        fill: &'a mut dyn FnMut(usize, &mut [T]),
+        /// Makes blocks, asked for in ascending order.
+        fill: &'a mut Fill<'a, T>,
         /// Room for two blocks: one to be read, and the one after it.
         scratch: &'a mut [T],
+        /// The same for factors, if there are any.
+        slopes: &'a mut [T],
         /// Classes in the row.
         classes: usize,
         /// Where the row stands that blocks are made of, and bytes per class there; or any address.
@@ -30,15 +37,48 @@ pub enum Input<'a, T> {
         /// Where its mask stands, of one byte per class, if it has one.
         mask: Option<*const u8>,
     },
-    /// Halves, which are widened block by block, each in the loop over the block before it.
-    Half {
+    /// Made block by block, each in the loop over the block before it.
+    Raw {
         /// The row.
-        row: Half<'a>,
+        row: Raw<'a, T>,
         /// The next one, if any.
-        after: Option<Half<'a>>,
+        after: Option<Raw<'a, T>>,
         /// As above. Its contents outlast the row: the first block of the next one may be there.
         scratch: &'a mut [T],
     },
+}
+
+/// What blocks are made of in the loop over the block before.
+#[derive(Clone, Copy)]
+pub enum Raw<'a, T> {
+    /// Halves, to be widened.
+    Half(Half<'a>),
+    /// Logits, of which those under False become −inf.
+    Masked(Masked<'a, T>),
+}
+
+impl<T: Real> Raw<'_, T> {
+    fn len(self) -> usize {
+        match self {
+            Self::Half(half) => half.len(),
+            Self::Masked(masked) => masked.x.len(),
+        }
+    }
+    fn part(self, start: usize, len: usize) -> Self {
+        match self {
+            Self::Half(half) => Self::Half(half.part(start, len)),
+            Self::Masked(masked) => Self::Masked(Making::<T>::part(masked, start, len)),
+        }
+    }
+}
+
+/// Logits and their mask.
+#[derive(Clone, Copy)]
+pub struct Masked<'a, T> {
+    /// As many as there are truth values.
+    pub x: Span<'a, T>,
+    /// One for each.
+    pub mask: Flags<'a>,
 }
 
 /// What is known of the row that is read next.
@@ -56,22 +96,11 @@ impl<T> Default for Known<T> {
     }
 }
 
-/// Kinds of [`Ahead`], as parameters of loops: nothing to be widened, or halves of either type.
-pub(super) const WIDE: u8 = 0;
-pub(super) const F16: u8 = 1;
-pub(super) const BF16: u8 = 2;
+/// From one block in scratch to the other. Not a multiple of a page: what is written to the one would seem to be what is read of the other.
+const APART: usize = BLOCK + 512;
 
-/// The block to be read next: its maximum is taken in the loop over the one before it, and halves are widened there.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead<'a, T> {
-    pub(super) block: Span<'a, T>,
-    /// What is to be widened into the block.
-    from: Option<(Half<'a>, SpanMut<'a, T>)>,
-    /// What is read later still, and asked for meanwhile.
-    later: *const u8,
-    /// The same of one byte per class.
-    mask: Option<*const u8>,
-}
+/// Elements of scratch for two blocks.
+pub const TWO_BLOCKS: usize = APART + BLOCK;
 
 /// How far ahead of the next block memory is asked for: two pages, for the processor's own prefetching ends with the page.
 const LATER: usize = 8192;
@@ -84,99 +113,153 @@ pub(super) fn ask<S: Isa, T: Element>(isa: S, x: Span<T>, i: usize) {
     }
 }
 
-impl<'a, T: Real> Ahead<'a, T> {
+/// What a block is read from: a type for each kind, so that a loop has the code of its own only.
+pub(super) trait Making<T: Real>: Copy {
+    /// Bytes per class in memory.
+    const SIZE: usize;
+    /// Whether what is read goes to scratch.
+    const MADE: bool;
+    /// `len` classes from `start` on.
+    fn part(self, start: usize, len: usize) -> Self;
+    /// Run `k` of `size` classes each, see [`Span::nth`].
+    fn nth(self, k: usize, size: usize) -> Self;
+    /// The `n` logits from `i` on, the other lanes −inf.
+    fn load<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T>;
+}
+
+/// The block as it stands.
+#[derive(Clone, Copy)]
+pub(super) struct Here<'a, T>(Span<'a, T>);
+
+impl<T: Real> Making<T> for Here<'_, T> {
+    const SIZE: usize = size_of::<T>();
+    const MADE: bool = false;
     #[inline(always)]
-    pub(super) fn of(block: Span<'a, T>) -> Self {
-        Self { block, from: None, later: block.address(0).wrapping_add(LATER), mask: None }
+    fn part(self, start: usize, len: usize) -> Self {
+        Self(self.0.part(start, len))
     }
     #[inline(always)]
-    pub(super) fn half(from: Half<'a>, to: SpanMut<'a, T>) -> Self {
-        Self { block: to.read(), from: Some((from, to)), later: from.address().wrapping_add(LATER), mask: None }
+    fn nth(self, k: usize, size: usize) -> Self {
+        Self(self.0.nth(k, size))
     }
-    /// Another block in its place, with the same to be asked for meanwhile.
     #[inline(always)]
-    pub(super) fn instead(self, block: Span<'a, T>) -> Self {
-        Self { block, from: None, ..self }
+    fn load<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        if n == Vf::<S, T>::LANES { self.0.load(isa, i) } else { self.0.load_partial(isa, i, n, T::NEG_INF) }
     }
+}
+
+macro_rules! halves {
+    ($name:ident, $half:ty, $kind:ident) => {
+        /// Halves.
+        #[derive(Clone, Copy)]
+        pub(super) struct $name<'a>(Span<'a, $half>);
+
+        impl<T: Real> Making<T> for $name<'_> {
+            const SIZE: usize = 2;
+            const MADE: bool = true;
+            #[inline(always)]
+            fn part(self, start: usize, len: usize) -> Self {
+                Self(self.0.part(start, len))
+            }
+            #[inline(always)]
+            fn nth(self, k: usize, size: usize) -> Self {
+                Self(self.0.nth(k, size))
+            }
+            #[inline(always)]
+            fn load<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+                T::load_half(isa, Half::$kind(self.0), i, n)
+            }
+        }
+    };
+}
+halves!(F16, f16, F16);
+halves!(Bf16, bf16, Bf16);
+
+impl<T: Real> Making<T> for Masked<'_, T> {
+    const SIZE: usize = size_of::<T>();
+    const MADE: bool = true;
+    #[inline(always)]
+    fn part(self, start: usize, len: usize) -> Self {
+        Self { x: self.x.part(start, len), mask: self.mask.part(start, len) }
+    }
+    #[inline(always)]
+    fn nth(self, k: usize, size: usize) -> Self {
+        Self { x: self.x.nth(k, size), mask: self.mask.nth(k, size) }
+    }
+    #[inline(always)]
+    fn load<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
+        if n == Vf::<S, T>::LANES {
+            Vf::<S, T>::select(self.mask.load::<Vf<S, T>>(isa, i), self.x.load(isa, i), lowest)
+        } else {
+            let kept = self.mask.load_partial::<Vf<S, T>>(isa, i, n);
+            Vf::<S, T>::select(kept, self.x.load_partial(isa, i, n, T::NEG_INF), lowest)
+        }
+    }
+}
+
+/// The block to be read next: it is made and its maximum taken in the loop over the one before it.
+#[derive(Clone, Copy)]
+pub(super) struct Next<'a, T, M> {
+    from: M,
+    /// Where it goes, if it is made.
+    to: SpanMut<'a, T>,
+    /// What is read later still, and asked for meanwhile.
+    later: *const u8,
+    /// The same of one byte per class.
+    mask: Option<*const u8>,
+}
+
+impl<T: Real, M: Making<T>> Next<'_, T, M> {
     #[inline(always)]
     pub(super) fn part(self, start: usize, len: usize) -> Self {
-        let from = self.from.map(|(half, to)| (half.part(start, len), to.part(start, len)));
         let mask = self.mask.map(|mask| mask.wrapping_add(start));
-        Self { block: self.block.part(start, len), from, later: self.later.wrapping_add(start * self.size()), mask }
+        let to = if M::MADE { self.to.part(start, len) } else { self.to };
+        Self { from: self.from.part(start, len), to, later: self.later.wrapping_add(start * M::SIZE), mask }
     }
     #[inline(always)]
     pub(super) fn nth(self, k: usize, size: usize) -> Self {
-        let from = self.from.map(|(half, to)| (half.nth(k, size), to.nth(k, size)));
         let mask = self.mask.map(|mask| mask.wrapping_add(k * size));
-        Self { block: self.block.nth(k, size), from, later: self.later.wrapping_add(k * size * self.size()), mask }
-    }
-    /// Bytes per class in memory.
-    #[inline(always)]
-    fn size(self) -> usize {
-        if self.from.is_some() { 2 } else { size_of::<T>() }
+        let to = if M::MADE { self.to.nth(k, size) } else { self.to };
+        Self { from: self.from.nth(k, size), to, later: self.later.wrapping_add(k * size * M::SIZE), mask }
     }
     /// Asks for what is as far behind as element `i` is in the block.
     #[inline(always)]
     pub(super) fn ask<S: Isa>(self, isa: S, i: usize) {
-        if (i * self.size()).is_multiple_of(64) {
-            isa.prefetch(self.later.wrapping_add(i * self.size()));
+        if (i * M::SIZE).is_multiple_of(64) {
+            isa.prefetch(self.later.wrapping_add(i * M::SIZE));
         }
         if let (0, Some(mask)) = (i, self.mask) {
             isa.prefetch(mask);
         }
     }
-    /// What is to be widened.
-    #[inline(always)]
-    pub(super) fn kind(self) -> u8 {
-        match self.from {
-            None => WIDE,
-            Some((Half::F16(_), _)) => F16,
-            Some((Half::Bf16(_), _)) => BF16,
-        }
-    }
-    /// The same, of which the compiler now knows the kind: a loop has no other ways in it.
-    #[inline(always)]
-    pub(super) fn of_kind<const KIND: u8>(self) -> Self {
-        let from = match (KIND, self.from) {
-            (WIDE, _) => None,
-            (F16, Some((Half::F16(half), to))) => Some((Half::F16(half), to)),
-            (BF16, Some((Half::Bf16(half), to))) => Some((Half::Bf16(half), to)),
-            _ => unreachable!("asked for after `kind`"),
-        };
-        Self { from, ..self }
-    }
-    /// A vector from element `i` on, of a block whose kind is known.
+    /// A vector from element `i` on.
     #[inline(always)]
     pub(super) fn load<S: Isa>(self, isa: S, i: usize) -> Vf<S, T> {
-        let Some((half, to)) = self.from else { return self.block.load(isa, i) };
-        let v = T::load_half(isa, half, i, Vf::<S, T>::LANES);
-        to.store(isa, i, v);
+        let v = self.from.load(isa, i, Vf::<S, T>::LANES);
+        if M::MADE {
+            self.to.store(isa, i, v);
+        }
         v
     }
     /// As `load`, of `n` elements and −inf after them.
     #[inline(always)]
     pub(super) fn load_partial<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        let Some((half, to)) = self.from else { return self.block.load_partial(isa, i, n, T::NEG_INF) };
-        let v = T::load_half(isa, half, i, n);
-        to.store_partial(isa, i, n, v);
+        let v = self.from.load(isa, i, n);
+        if M::MADE {
+            self.to.store_partial(isa, i, n, v);
+        }
         v
     }
-    /// The maximum.
+    /// The maximum of `len` elements, which are all there are.
     #[inline(always)]
-    pub(super) fn max<S: Isa>(self, isa: S) -> Vf<S, T> {
-        match self.kind() {
-            F16 => self.of_kind::<F16>().widened_max(isa),
-            BF16 => self.of_kind::<BF16>().widened_max(isa),
-            _ => block_max(isa, self.block),
-        }
-    }
-    #[inline(always)]
-    fn widened_max<S: Isa>(self, isa: S) -> Vf<S, T> {
-        let (step, len) = (Vf::<S, T>::LANES, self.block.len());
+    fn max<S: Isa>(self, isa: S, len: usize) -> Vf<S, T> {
+        let step = Vf::<S, T>::LANES;
         let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 2];
         let groups = len / (2 * step);
+        let all = self.part(0, len);
         for k in 0..groups {
-            let part = self.nth(k, 2 * step);
+            let part = all.nth(k, 2 * step);
             for (u, max) in max.iter_mut().enumerate() {
                 *max = part.load(isa, u * step).max(*max);
             }
@@ -184,10 +267,82 @@ impl<'a, T: Real> Ahead<'a, T> {
         let mut i = groups * 2 * step;
         while i < len {
             let n = step.min(len - i);
-            max[0] = self.load_partial(isa, i, n).max(max[0]);
+            max[0] = all.load_partial(isa, i, n).max(max[0]);
             i += n;
         }
         max[0].max(max[1])
+    }
+}
+
+/// A [`Next`] of any kind.
+#[derive(Clone, Copy)]
+pub(super) enum Ahead<'a, T> {
+    Here(Next<'a, T, Here<'a, T>>),
+    F16(Next<'a, T, F16<'a>>),
+    Bf16(Next<'a, T, Bf16<'a>>),
+    Masked(Next<'a, T, Masked<'a, T>>),
+}
+
+/// Does the same with any kind.
+macro_rules! each {
+    ($ahead:expr, $next:ident => $work:expr) => {
+        match $ahead {
+            Self::Here($next) => $work,
+            Self::F16($next) => $work,
+            Self::Bf16($next) => $work,
+            Self::Masked($next) => $work,
+        }
+    };
+}
+
+impl<'a, T: Real> Ahead<'a, T> {
+    #[inline(always)]
+    pub(super) fn of(block: Span<'a, T>) -> Self {
+        Self::Here(Next { from: Here(block), to: SpanMut::of(&mut []), later: block.address(0).wrapping_add(LATER), mask: None })
+    }
+    /// What is made of `from`, written to `to`.
+    #[inline(always)]
+    pub(super) fn raw(from: Raw<'a, T>, to: SpanMut<'a, T>) -> Self {
+        match from {
+            Raw::Half(Half::F16(half)) => Self::F16(Next { from: F16(half), to, later: half.address(0).wrapping_add(LATER), mask: None }),
+            Raw::Half(Half::Bf16(half)) => {
+                Self::Bf16(Next { from: Bf16(half), to, later: half.address(0).wrapping_add(LATER), mask: None })
+            }
+            Raw::Masked(from) => {
+                let (later, mask) = (from.x.address(0).wrapping_add(LATER), from.mask.address(LATER / size_of::<T>()));
+                Self::Masked(Next { from, to, later, mask: Some(mask) })
+            }
+        }
+    }
+    /// The block, of which there may be nothing yet.
+    #[inline(always)]
+    pub(super) fn block(self) -> Span<'a, T> {
+        match self {
+            Self::Here(next) => next.from.0,
+            Self::F16(Next { to, .. }) | Self::Bf16(Next { to, .. }) | Self::Masked(Next { to, .. }) => to.read(),
+        }
+    }
+    /// Whether the block is made where it is read.
+    #[inline(always)]
+    pub(super) fn is_made(self) -> bool {
+        !matches!(self, Self::Here(_))
+    }
+    /// Another block in its place, with the same to be asked for meanwhile.
+    #[inline(always)]
+    pub(super) fn instead(self, block: Span<'a, T>) -> Next<'a, T, Here<'a, T>> {
+        let (later, mask) = each!(self, next => (next.later, next.mask));
+        Next { from: Here(block), to: SpanMut::of(&mut []), later, mask }
+    }
+    /// The maximum of the classes from `start` on.
+    #[inline(always)]
+    pub(super) fn max<S: Isa>(self, isa: S, start: usize) -> Vf<S, T> {
+        let len = self.block().len() - start;
+        match self {
+            Self::Here(next) => block_max(isa, next.from.0.part(start, len)),
+            Self::F16(next) => next.part(start, len).max(isa, len),
+            Self::Bf16(next) => next.part(start, len).max(isa, len),
+            Self::Masked(next) => next.part(start, len).max(isa, len),
+        }
     }
 }
 
@@ -197,47 +352,56 @@ impl<'a, T: Real> Input<'a, T> {
         Self::Row { row, after: Span::of(&[]) }
     }
 
-    /// Block `index`, and the block that will be asked for next, of this row or another: empty when it cannot be read yet. Blocks are asked for in
-    /// ascending order.
+    /// Block `index`, the block that will be asked for next, of this row or another (empty when it cannot be read yet), and the factors of block
+    /// `index`, if there are any. Blocks are asked for in ascending order.
     #[inline(always)]
-    pub(super) fn block<S: Isa>(&mut self, isa: S, index: usize, known: &mut Known<T>) -> (Span<'_, T>, Ahead<'_, T>) {
+    pub(super) fn block<S: Isa>(&mut self, isa: S, index: usize, known: &mut Known<T>) -> (Span<'_, T>, Ahead<'_, T>, Span<'_, T>) {
+        let none = Span::of(&[]);
         match self {
-            Self::None => (Span::of(&[]), Ahead::of(Span::of(&[]))),
+            Self::None => (none, Ahead::of(none), none),
             Self::Row { row, after } => {
                 let next = if (index + 1) * BLOCK < row.len() { block_of(*row, index + 1) } else { block_of(*after, 0) };
-                (block_of(*row, index), Ahead::of(next))
+                (block_of(*row, index), Ahead::of(next), none)
             }
-            Self::Half { row, after, scratch } => {
-                let of = |row: Half<'a>, index: usize| row.part(index * BLOCK, BLOCK.min(row.len() - index * BLOCK));
-                let (even, odd) = scratch.split_at_mut(BLOCK);
+            Self::Raw { row, after, scratch } => {
+                let of = |row: Raw<'a, T>, index: usize| row.part(index * BLOCK, BLOCK.min(row.len() - index * BLOCK));
+                let (even, odd) = scratch.split_at_mut(APART);
                 let (this, other) = if known.turn == 0 { (even, odd) } else { (odd, even) };
                 known.turn = 1 - known.turn;
-                let half = of(*row, index);
-                let this = SpanMut::of(&mut this[..half.len()]);
+                let raw = of(*row, index);
+                let this = SpanMut::of(&mut this[..raw.len()]);
                 if known.top.is_none() {
-                    known.top = Some(Ahead::half(half, this).max(isa).reduce_max());
+                    known.top = Some(Ahead::raw(raw, this).max(isa, 0).reduce_max());
                 }
                 let next = if (index + 1) * BLOCK < row.len() { Some(of(*row, index + 1)) } else { after.map(|after| of(after, 0)) };
                 let ahead = match next {
-                    Some(next) => Ahead::half(next, SpanMut::of(&mut other[..next.len()])),
+                    Some(next) => Ahead::raw(next, SpanMut::of(&mut other[..next.len()])),
                     None => Ahead::of(Span::of(&[])),
                 };
-                (this.read(), ahead)
+                (this.read(), ahead, none)
             }
-            Self::Made { fill, scratch, classes, from, mask } => {
+            Self::Made { fill, scratch, slopes, classes, from, mask } => {
                 let len = |index: usize| BLOCK.min(classes.saturating_sub(index * BLOCK));
-                let (even, odd) = scratch.split_at_mut(BLOCK);
-                let (this, other) = if index.is_multiple_of(2) { (even, odd) } else { (odd, even) };
+                let at = if slopes.is_empty() { 0 } else { APART };
+                let (mut this, mut other) = scratch.split_at_mut(APART);
+                let (mut slope, mut slope_after) = slopes.split_at_mut(at);
+                if !index.is_multiple_of(2) {
+                    (this, other) = (other, this);
+                    (slope, slope_after) = (slope_after, slope);
+                }
+                let room = |n: usize| if at == 0 { 0 } else { n };
                 if index == 0 {
-                    fill(0, &mut this[..len(0)]);
+                    fill(0, &mut this[..len(0)], &mut slope[..room(len(0))]);
                 }
                 let next = &mut other[..len(index + 1)];
                 if !next.is_empty() {
-                    fill(index + 1, next);
+                    let n = room(next.len());
+                    fill(index + 1, next, &mut slope_after[..n]);
                 }
                 let later = from.0.wrapping_add((index + 2) * BLOCK * from.1);
                 let mask = mask.map(|mask| mask.wrapping_add((index + 2) * BLOCK));
-                (Span::of(&this[..len(index)]), Ahead { block: Span::of(next), from: None, later, mask })
+                let next = Next { from: Here(Span::of(next)), to: SpanMut::of(&mut []), later, mask };
+                (Span::of(&this[..len(index)]), Ahead::Here(next), Span::of(&slope[..room(len(index))]))
             }
         }
     }

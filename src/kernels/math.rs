@@ -47,8 +47,6 @@ pub trait Real: Float {
     const CLAMP: Self;
     /// Arguments of `exp` at and beyond these give 0 and infinity.
     const EXP_RANGE: [Self; 2];
-    /// Arguments up to this magnitude are their own `tanh`.
-    const TANH_TINY: Self;
     /// `2^r = 1 + r·(c0 + c1·r + …)` for r in [−1/2, 1/2] and a little.
     const EXP2: &'static [Self];
     /// The same for r in [−1/16, 1/16] and a little: eight steps per octave.
@@ -78,8 +76,6 @@ impl Real for f32 {
     const CLAMP: f32 = 150.0;
     // Below exp(-104) < 2^-150, above exp(88.73) > 2^128; both with n inside what `exp_full` can scale by.
     const EXP_RANGE: [f32; 2] = [-104.0, 88.73];
-    // tanh(x) = x·(1 − x²/3 + …): 2^-26/3 off at most.
-    const TANH_TINY: f32 = 1.0 / 8192.0;
     // Error 2^-28.2.
     const EXP2: &'static [f32] = &[0.693_147_2, 0.240_226_48, 0.055_503_584, 0.009_618_503, 0.001_339_166_5, 0.000_153_288_23];
     // Error 2^-31.8.
@@ -123,7 +119,6 @@ impl Real for f64 {
     const CLAMP: f64 = 1100.0;
     // Below exp(-745.2) < 2^-1075, above exp(709.79) > 2^1024.
     const EXP_RANGE: [f64; 2] = [-745.2, 709.79];
-    const TANH_TINY: f64 = 1.0 / 268_435_456.0;
     // Error 2^-57.8.
     const EXP2: &'static [f64] = &[
         0.693_147_180_559_945_3,
@@ -500,45 +495,70 @@ where
     tanh_sech2(isa, x).0
 }
 
-/// Up to here `tanh` is a polynomial, a third of the work.
-pub const TANH_NEAR: f64 = 0.625;
-
-/// `tanh(x)` and its derivative `1 − tanh²(x)`, which keeps its digits where tanh is near ±1.
-///
-/// Beyond [`TANH_NEAR`], with u = exp(−2|x|): `tanh|x| = (1 − u)/(1 + u)` and `1 − tanh² = 4u/(1 + u)²`. 1 − u and 1 + u are carried in two
-/// parts. Which of the two a lane gets depends on itself alone.
+/// `tanh(x)` and its derivative `1 − tanh²(x)`, see [`Softcap::both`].
 #[inline(always)]
 pub fn tanh_sech2<V: Vector>(isa: V::Isa, x: V) -> (V, V)
 where
     V::Elem: Real,
 {
-    if apart::<V>() { tanh_sech2_apart(isa, x) } else { tanh_sech2_here(isa, x) }
+    Softcap::new(isa, 1.0).both(x)
 }
 
-#[inline(never)]
-fn tanh_sech2_apart<V: Vector>(isa: V::Isa, x: V) -> (V, V)
+/// Up to here `tanh` is a polynomial, a third of the work.
+const TANH_NEAR: f64 = 0.625;
+
+/// `c·tanh(x/c)` for one positive c that the type holds.
+#[derive(Clone, Copy)]
+pub struct Softcap<V: Vector> {
+    isa: V::Isa,
+    c: V,
+    inverse: V,
+    near: V,
+}
+
+impl<V: Vector> Softcap<V>
 where
     V::Elem: Real,
 {
-    tanh_sech2_here(isa, x)
-}
-
-#[inline(always)]
-fn tanh_sech2_here<V: Vector>(isa: V::Isa, x: V) -> (V, V)
-where
-    V::Elem: Real,
-{
-    let z = x * x;
-    let t = (x * z).mul_add(polynomial(isa, V::Elem::TANH, z), x);
-    // Also keeps the sign of zero.
-    let t = V::select(x.abs().le(V::splat(isa, V::Elem::TANH_TINY)), x, t);
-    let sech2 = t.neg_mul_add(t, V::splat(isa, V::Elem::ONE));
-    let far = V::splat(isa, V::Elem::from_f64(TANH_NEAR)).lt(x.abs());
-    if !far.any() {
-        return (t, sech2);
+    /// With c = `cap`.
+    #[inline(always)]
+    pub fn new(isa: V::Isa, cap: f64) -> Self {
+        let splat = |x: f64| V::splat(isa, V::Elem::from_f64(x));
+        let inverse = 1.0 / V::Elem::from_f64(cap).to_f64();
+        // Without an inverse nothing is near, not even 0.
+        Self { isa, c: splat(cap), inverse: splat(inverse), near: splat(if inverse.is_finite() { cap * TANH_NEAR } else { -1.0 }) }
     }
-    let (far_t, far_sech2) = tanh_sech2_far(isa, x);
-    (V::select(far, far_t, t), V::select(far, far_sech2, sech2))
+
+    /// The value, and its derivative `1 − tanh²(x/c)`, which keeps its digits where tanh is near ±1.
+    ///
+    /// Up to [`TANH_NEAR`]·c it is x·tanh(t)/t, t = x/c, so that the rounding of t hardly counts. Beyond, with u = exp(−2|t|):
+    /// `tanh|t| = (1 − u)/(1 + u)` and `1 − tanh² = 4u/(1 + u)²`, where 1 − u and 1 + u are carried in two parts. Which of the two a lane
+    /// gets depends on itself alone.
+    #[inline(always)]
+    pub fn both(self, x: V) -> (V, V) {
+        if apart::<V>() { self.both_apart(x) } else { self.both_here(x) }
+    }
+
+    #[inline(never)]
+    fn both_apart(self, x: V) -> (V, V) {
+        self.both_here(x)
+    }
+
+    #[inline(always)]
+    fn both_here(self, x: V) -> (V, V) {
+        let one = V::splat(self.isa, V::Elem::ONE);
+        let t = x * self.inverse;
+        let z = t * t;
+        let y = x * z.mul_add(polynomial(self.isa, V::Elem::TANH, z), one);
+        let t = y * self.inverse;
+        let slope = t.neg_mul_add(t, one);
+        let far = self.near.lt(x.abs());
+        if !far.any() {
+            return (y, slope);
+        }
+        let (far_t, far_slope) = tanh_sech2_far(self.isa, x / self.c);
+        (V::select(far, far_t * self.c, y), V::select(far, far_slope, slope))
+    }
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@
 use crate::array::{DType, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
-use super::input::{Ahead, BF16, F16, Input, Known, WIDE};
+use super::input::{Ahead, Input, Known, Making, Next};
 use super::math::{Anchored, Exp, Real};
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
@@ -162,17 +162,23 @@ fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
     below.bits()
 }
 
+/// What a loop keeps of exponentials: nothing, all of them, or their products with the factors of the block.
+const NOTHING: u8 = 0;
+const ALL: u8 = 1;
+const BENT: u8 = 2;
+
 /// Classes of one block: the sums of their exponentials, and in the same loop the maximum of as many classes of the block after it.
 ///
 /// TOP: the running maximum is among them (or LIN, a dense stream, which needs to know of each whether it is), or off the grid of the
 /// integer reduction: then x − b first, which is exact or dwarfed by x's own spacing, and x itself where b is 0.
 #[inline(always)]
-fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, const KIND: u8>(
+fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: u8, const TOP: bool>(
     isa: S,
     at: &Lanes<Vf<S, T>>,
     x: Span<T>,
-    next: Ahead<T>,
+    next: Next<T, M>,
     t: Span<T>,
+    slopes: Span<T>,
     dst: SpanMut<T>,
 ) -> Sums<Vf<S, T>> {
     let step = Vf::<S, T>::LANES;
@@ -185,22 +191,26 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, co
     let mut ties = 0;
     let (len, group) = (x.len(), 4 * step);
     // Of one length, known to the compiler: no check is left in the loop.
-    let next = next.of_kind::<KIND>().part(0, len);
-    let (t, dst) = (if LIN { t.part(0, len) } else { t }, if STORE { dst.part(0, len) } else { dst });
+    let next = next.part(0, len);
+    let (t, dst) = (if LIN { t.part(0, len) } else { t }, if KEEP == NOTHING { dst } else { dst.part(0, len) });
+    let slopes = if KEEP == BENT { slopes.part(0, len) } else { slopes };
     let mut k = 0;
     while k < len / group {
         let end = (len / group).min(k + chain::<S, T>() / group);
         while k < end {
             let (x, next) = (x.nth(k, group), next.nth(k, group));
-            let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if STORE { dst.nth(k, group) } else { dst });
+            let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if KEEP == NOTHING { dst } else { dst.nth(k, group) });
+            let slopes = if KEEP == BENT { slopes.nth(k, group) } else { slopes };
             for u in 0..4 {
                 next.ask(isa, u * step);
                 // In this order a NaN is passed over; it comes back through the sum.
                 max[u & own] = next.load(isa, u * step).max(max[u & own]);
                 let v = x.load(isa, u * step);
                 let e = at.at.parts(if TOP { v - at.b } else { v });
-                if STORE {
-                    dst.store(isa, u * step, e.0 * e.1);
+                match KEEP {
+                    NOTHING => {}
+                    BENT => dst.store(isa, u * step, e.0 * e.1 * slopes.load(isa, u * step)),
+                    _ => dst.store(isa, u * step, e.0 * e.1),
                 }
                 let w = if LIN { t.load(isa, u * step) } else { zero };
                 let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u & own]);
@@ -218,8 +228,10 @@ fn pass<S: Isa, T: Real, const LIN: bool, const STORE: bool, const TOP: bool, co
         max[0] = next.load_partial(isa, i, n).max(max[0]);
         let v = x.load_partial(isa, i, n, T::NEG_INF);
         let e = at.at.parts(if TOP { v - at.b } else { v });
-        if STORE {
-            dst.store_partial(isa, i, n, e.0 * e.1);
+        match KEEP {
+            NOTHING => {}
+            BENT => dst.store_partial(isa, i, n, e.0 * e.1 * slopes.load_partial(isa, i, n, T::ZERO)),
+            _ => dst.store_partial(isa, i, n, e.0 * e.1),
         }
         let w = if LIN { t.load_partial(isa, i, n, T::ZERO) } else { zero };
         let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[0]);
@@ -265,7 +277,7 @@ pub struct Reduce<'a, T> {
     pub x: Input<'a, T>,
     /// The dense target stream.
     pub t: Input<'a, T>,
-    /// Where e = exp(x − b)·2^−k goes, if anywhere; may be the row itself.
+    /// Where e = exp(x − b)·2^−k goes, if anywhere, times the factor that comes with x, if one does; may be the row itself.
     pub dst: Option<SpanMut<'a, T>>,
     /// The reference of block i at i, as far as there is room.
     pub references: &'a mut [Reference],
@@ -297,7 +309,7 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
     let (mut rest_extra, mut spread_extra, mut t_extra) = (Pair::default(), Pair::default(), Pair::default());
     for index in 0..classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
-        let (block, next) = x.block(isa, index, known);
+        let (block, next, slopes) = x.block(isa, index, known);
         let dense = t.block(isa, index, &mut Known::default()).0;
         let candidate = match known.top.take() {
             Some(top) => top,
@@ -347,30 +359,46 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
             t_top.merge(weight);
         }
         let stretch = stretch::<S, T>();
+        let keep = match (store, slopes.is_empty()) {
+            (false, _) => NOTHING,
+            (true, true) => ALL,
+            (true, false) => BENT,
+        };
         let mut from = 0;
+        let single = T::DTYPE == DType::F32;
         let rare = far || tops || lin || S::LEVEL == Level::Scalar;
-        // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and widen in the usual ways only.
-        let fused = next.block.len() >= block.len() && !(rare && next.kind() != WIDE);
-        let (ahead, seen) = if fused { (next, block.len()) } else { (next.instead(block), 0) };
-        let kind = ahead.kind();
+        // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and make it in the usual case only.
+        let fused = next.block().len() >= block.len() && !(rare && next.is_made());
+        let (ahead, seen) = if fused { (next, block.len()) } else { (Ahead::Here(next.instead(block)), 0) };
         let mut top = Vf::<S, T>::splat(isa, T::NEG_INF);
         while from < block.len() {
             let n = stretch.min(block.len() - from);
             let x = block.part(from, n);
             let t = if lin { dense.part(from, n) } else { dense };
             let to = if store { dst.part(start + from, n) } else { dst };
-            let next = ahead.part(from, n);
-            let sums = match (kind, store) {
-                (_, false) if lin => pass::<S, T, true, false, true, WIDE>(isa, &at, x, next, t, to),
-                (_, true) if lin => pass::<S, T, true, true, true, WIDE>(isa, &at, x, next, t, to),
-                (_, false) if rare => pass::<S, T, false, false, true, WIDE>(isa, &at, x, next, t, to),
-                (_, true) if rare => pass::<S, T, false, true, true, WIDE>(isa, &at, x, next, t, to),
-                (F16, false) if T::DTYPE == DType::F32 => pass::<S, T, false, false, false, F16>(isa, &at, x, next, t, to),
-                (F16, true) if T::DTYPE == DType::F32 => pass::<S, T, false, true, false, F16>(isa, &at, x, next, t, to),
-                (BF16, false) if T::DTYPE == DType::F32 => pass::<S, T, false, false, false, BF16>(isa, &at, x, next, t, to),
-                (BF16, true) if T::DTYPE == DType::F32 => pass::<S, T, false, true, false, BF16>(isa, &at, x, next, t, to),
-                (_, false) => pass::<S, T, false, false, false, WIDE>(isa, &at, x, next, t, to),
-                (_, true) => pass::<S, T, false, true, false, WIDE>(isa, &at, x, next, t, to),
+            let bent = if keep == BENT { slopes.part(from, n) } else { slopes };
+            let sums = match (ahead, keep) {
+                (Ahead::Here(next), NOTHING) if lin => pass::<S, T, _, true, NOTHING, true>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Here(next), ALL) if lin => pass::<S, T, _, true, ALL, true>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Here(next), NOTHING) if rare => pass::<S, T, _, false, NOTHING, true>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Here(next), ALL) if rare => pass::<S, T, _, false, ALL, true>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Here(next), BENT) if rare && !lin => {
+                    pass::<S, T, _, false, BENT, true>(isa, &at, x, next.part(from, n), t, bent, to)
+                }
+                (Ahead::Here(next), NOTHING) => pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Here(next), ALL) => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Here(next), BENT) if !lin => pass::<S, T, _, false, BENT, false>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::F16(next), NOTHING) if single => {
+                    pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to)
+                }
+                (Ahead::F16(next), ALL) if single => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Bf16(next), NOTHING) if single => {
+                    pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to)
+                }
+                (Ahead::Bf16(next), ALL) if single => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Masked(next), NOTHING) => pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to),
+                (Ahead::Masked(next), ALL) => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
+                _ => unreachable!("halves are computed in float32, and gradients with a dense stream bent afterwards"),
             };
             top = sums.next.max(top);
             ties += sums.ties as f64;
@@ -381,9 +409,9 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
             }
             from += n;
         }
-        let left = next.part(seen, next.block.len() - seen).max(isa);
+        let left = next.max(isa, seen);
         let top = if fused { left.max(top) } else { left };
-        known.top = (!next.block.is_empty()).then(|| top.reduce_max());
+        known.top = (!next.block().is_empty()).then(|| top.reduce_max());
     }
     rest_extra.merge(T::total(rest));
     if lin {

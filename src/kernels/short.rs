@@ -4,7 +4,7 @@ use crate::array::{HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 
 use super::finish::Tile;
-use super::input::Ahead;
+use super::input::{Ahead, Raw};
 use super::math::{Anchored, Exp};
 use super::rows::chain;
 use super::state::{Summand, Wide, splat};
@@ -58,10 +58,10 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
         for (r, top) in top[..n].iter_mut().enumerate() {
             let row = x.row(first + r);
             let ahead = match from {
-                Some((half, to)) => Ahead::half(half.row(first + r), to.row(first + r)),
+                Some((half, to)) => Ahead::raw(Raw::Half(half.row(first + r)), to.row(first + r)),
                 None => Ahead::of(row),
             };
-            *top = ahead.max(isa).reduce_max();
+            *top = ahead.max(isa, 0).reduce_max();
             if let Some(&class) = classes.get(first + r) {
                 tile.x_target[first + r] = row.get(class).to_f64();
             }

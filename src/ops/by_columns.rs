@@ -2,8 +2,8 @@
 //!
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Array, Columns, ColumnsMut, DType, Element, Offsets, Out, Span, SpanMut, Vf};
-use crate::kernels::bend::Masked;
+use crate::array::{Array, Columns, ColumnsMut, DType, Element, Flags, Offsets, Out, Span, SpanMut, Vf};
+use crate::kernels::bend::Mask;
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Reduce};
 use crate::kernels::few::{self, Few};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
@@ -134,7 +134,7 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
             flags(job, array, row, first, &mut self.mask[slot..], count, self.stride);
         }
         let dst = SpanMut::of(x);
-        job.level.run(Masked { mask: &self.mask, to, x: dst.read(), dst, ahead: core::ptr::null() });
+        job.level.run(Mask { mask: Flags::of(&self.mask), to, x: dst.read(), dst, ahead: core::ptr::null() });
     }
 
     /// Multiplies gradients by what bending did to the logits. Read before the logits are overwritten.

@@ -8,7 +8,7 @@ use crate::kernels::bend::Product;
 use crate::kernels::columns;
 use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
-use crate::kernels::input::{Input, Known};
+use crate::kernels::input::{Input, Known, Raw, TWO_BLOCKS};
 use crate::kernels::rows::{BLOCK, Reduce, Wanted};
 use crate::kernels::short::{MOST_SHORT, Short};
 use crate::kernels::state::{Pair, Reference, State};
@@ -17,7 +17,7 @@ use crate::tunables::tunables;
 
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::source::{dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
+use super::source::{adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
 use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 
@@ -197,26 +197,38 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let plain = prepare(strip, tile);
     let terms = Terms { plain, ..job.terms };
     let mut way = Way::of::<E, T>(job);
+    // What a softcap did to the logits goes into the exponentials, if the gradient is nothing but those.
+    let folds = job.bend.softcap.is_some() && way.store && !terms.dense && job.direct_out;
+    if folds {
+        (way.at_once, way.in_result) = (true, E::DTYPE == T::DTYPE);
+    }
     if way.in_result && way.direct && job.stores == Stores::PastAnew && classes >= LONG || !way.in_result && classes * size_of::<T>() > KEPT
     {
         (way.store, way.in_result) = (false, false);
+        way.at_once &= !folds;
     }
+    let folds = folds && way.store;
     let Way { direct, store, in_result, at_once } = way;
     let from = match job.kind {
         Kind::LogSoftmax => From::Logs,
         _ if store => From::Stored,
         _ => From::Anew,
     };
-    let (copy, dense) = (room(copy, 2 * BLOCK), room(dense, 2 * BLOCK));
+    let (copy, dense) = (room(copy, TWO_BLOCKS), room(dense, TWO_BLOCKS));
     // Apart from the scratch of the reduction, where the first block of the next row may be.
     let (block, again) = room(block, 2 * BLOCK).split_at_mut(BLOCK);
     let exponentials = room(exponentials, if store && !in_result { n * classes } else { 0 });
-    let capped = job.out.is_some() && job.bend.softcap.is_some() && classes * size_of::<T>() <= KEPT;
-    let slopes = room(slopes, if capped { n * classes } else { 0 });
+    let capped = !folds && job.out.is_some() && job.bend.softcap.is_some() && classes * size_of::<T>() <= KEPT;
+    let slopes = room(slopes, if capped { n * classes } else { TWO_BLOCKS * usize::from(folds) });
     let (shared, own) = (&shared[..], job.own_dense());
     let spreads: Vec<f64> = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
     references.resize(references.len().max(blocks * n), Reference { k: 0.0, b: 0.0 });
     let line = |row: usize| job.x.span::<T>(job.rows.offset(X, row), classes);
+    let raw = |row: usize| match job.bend.mask {
+        None if job.direct => job.x.half(job.rows.offset(X, row), classes).map(Raw::Half),
+        None => None,
+        Some(_) => adjacent_masked(job, row),
+    };
     let half = |row: usize| if job.direct { job.x.half(job.rows.offset(X, row), classes) } else { None };
     let result = |row: usize| job.out.filter(|_| job.direct_out).map(|out| out.span::<E>(job.rows.offset(OUT, row), classes));
     let exponentials = SpanMut::of(exponentials);
@@ -228,30 +240,34 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     for (slot, &row) in kept.iter().enumerate() {
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
-        let own_slopes = if capped { &mut slopes[slot * classes..][..classes] } else { &mut [] };
-        let mut fill = |index: usize, dst: &mut [T]| {
+        let (own_slopes, folded) = match (capped, folds) {
+            (true, _) => (&mut slopes[slot * classes..][..classes], &mut [][..]),
+            (false, true) => (&mut [][..], &mut slopes[..]),
+            _ => (&mut [][..], &mut [][..]),
+        };
+        let mut fill = |index: usize, dst: &mut [T], folded: &mut [T]| {
             let start = index * BLOCK;
-            let slopes = own_slopes.get_mut(start..start + dst.len()).unwrap_or_default();
+            let slopes = if folds { folded } else { own_slopes.get_mut(start..start + dst.len()).unwrap_or_default() };
             logits_and_slopes(job, row, start, dst, slopes);
         };
-        let mut fill_dense = |index: usize, dst: &mut [T]| dense_row(job, row, spread, index * BLOCK, dst);
+        let mut fill_dense = |index: usize, dst: &mut [T], _: &mut [T]| dense_row(job, row, spread, index * BLOCK, dst);
         let x = if direct {
             let after = kept.get(slot + 1).copied().or(next).map_or(Span::of(&[]), line);
             Input::Row { row: line(row), after }
-        } else if let Some(this) = half(row) {
-            Input::Half { row: this, after: kept.get(slot + 1).copied().or(next).and_then(half), scratch: copy }
+        } else if let Some(this) = raw(row) {
+            Input::Raw { row: this, after: kept.get(slot + 1).copied().or(next).and_then(raw), scratch: copy }
         } else {
             let from = if job.lines { job.x.address(job.rows.offset(X, row)) } else { copy.as_ptr().cast() };
             let mask = job.bend.mask.filter(|_| job.classes.is_line() && job.classes.inner_stride(MASK) == 1);
             let mask = mask.map(|mask| mask.address(job.rows.offset(MASK, row)));
-            Input::Made { fill: &mut fill, scratch: copy, classes, from: (from, job.x.dtype().size()), mask }
+            Input::Made { fill: &mut fill, scratch: copy, slopes: folded, classes, from: (from, job.x.dtype().size()), mask }
         };
         let t = match (terms.dense && job.kind == Kind::Loss, own) {
             (false, _) => Input::None,
             (true, false) => Input::row(Span::of(&shared[..classes])),
             (true, true) => {
                 let from = (dense.as_ptr().cast(), 0);
-                Input::Made { fill: &mut fill_dense, scratch: dense, classes, from, mask: None }
+                Input::Made { fill: &mut fill_dense, scratch: dense, slopes: &mut [], classes, from, mask: None }
             }
         };
         // The logits of one or two targets are read with their blocks.

@@ -1,10 +1,11 @@
 //! Where the kernels' operands come from and gradients go when they cannot be read or written in place: logits that are bent by softcap and mask,
 //! strided classes, and the dense target stream.
 
-use crate::array::{Array, DType, Element, Float, FromNumber, Out, Span, SpanMut, Vf};
-use crate::kernels::bend::{Masked, Product, Softcap};
+use crate::array::{Array, DType, Element, Flags, Float, FromNumber, Out, Span, SpanMut, Vf};
+use crate::kernels::bend::{Mask, Product, Softcap};
 use crate::kernels::columns;
 use crate::kernels::finish::{Tile, WIDTH};
+use crate::kernels::input::{Masked, Raw};
 use crate::kernels::rows;
 use crate::simd::{Isa, Kernel, Level, Vector};
 
@@ -139,8 +140,10 @@ pub(super) fn logits_and_slopes<T: Work>(job: &Job, row: usize, start: usize, ds
         }
         _ => unbent(job, row, start, dst),
     }
-    let dst = SpanMut::of(dst);
-    masked(job, row, start, T::NEG_INF, dst.read(), dst);
+    for (run, to) in [(dst, T::NEG_INF), (slopes, T::ZERO)] {
+        let run = SpanMut::of(run);
+        masked(job, row, start, to, run.read(), run);
+    }
 }
 
 /// Classes `start..` of a row where they stand: adjacent, in order and of the type that is computed in.
@@ -150,17 +153,36 @@ fn adjacent<'a, T: Work>(job: &Job<'a>, row: usize, start: usize, n: usize) -> O
     there.then(|| job.x.span(job.rows.offset(X, row) + start as isize * size, n))
 }
 
+/// The mask of classes `start..` of a row where it stands, if it has adjacent truth values.
+pub(super) fn adjacent_flags<'a>(job: &Job<'a>, row: usize, start: usize, n: usize) -> Option<Flags<'a>> {
+    let mask = job.bend.mask?;
+    let there = n > 0 && job.classes.is_line() && (job.classes.size == 1 || job.classes.inner_stride(MASK) == 1);
+    if there { mask.flags(job.rows.offset(MASK, row) + start as isize, n) } else { None }
+}
+
+/// A row of logits and its mask where both stand, if that is all there is to be done to them.
+pub(super) fn adjacent_masked<'a, T: Work>(job: &Job<'a>, row: usize) -> Option<Raw<'a, T>> {
+    let n = job.classes.size;
+    if job.bend.softcap.is_some() {
+        return None;
+    }
+    Some(Raw::Masked(Masked { x: adjacent::<T>(job, row, 0, n)?, mask: adjacent_flags(job, row, 0, n)? }))
+}
+
 /// Classes `start..` of a row from `x` to `dst`, which may be the same, and `to` for what is under False.
 fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: Span<T>, dst: SpanMut<T>) {
     let Some(array) = job.bend.mask else { return };
-    let mut mask = [0_u8; rows::BLOCK];
+    let mut copy = [0_u8; rows::BLOCK];
     for index in (0..x.len()).step_by(rows::BLOCK) {
         let n = rows::BLOCK.min(x.len() - index);
-        let (mask, at) = (&mut mask[..n], start + index);
-        flags(job, array, row, at, mask, n, 1);
+        let at = start + index;
+        let mask = adjacent_flags(job, row, at, n).unwrap_or_else(|| {
+            flags(job, array, row, at, &mut copy, n, 1);
+            Flags::of(&copy)
+        });
         let stride = job.classes.inner_stride(MASK);
         let ahead = array.address(job.rows.offset(MASK, row) + (at + n) as isize * stride);
-        job.level.run(Masked { mask, to, x: x.part(index, n), dst: dst.part(index, n), ahead });
+        job.level.run(Mask { mask, to, x: x.part(index, n), dst: dst.part(index, n), ahead });
     }
 }
 

@@ -200,6 +200,14 @@ impl Vector for F32x8 {
         Self(unsafe { _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(src, mask), _mm256_castsi256_ps(mask)) })
     }
     #[inline(always)]
+    unsafe fn flags(_isa: Avx2, src: *const u8) -> Mask32x8 {
+        // SAFETY: the token proves AVX2; the caller promises the memory.
+        unsafe {
+            let lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.cast()));
+            Mask32x8(_mm256_castsi256_ps(_mm256_cmpgt_epi32(lanes, _mm256_setzero_si256())))
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, dst: *mut f32) {
         // SAFETY: a vector implies the token, which proves AVX; the caller promises the memory.
         unsafe { _mm256_storeu_ps(dst, self.0) }
@@ -379,6 +387,14 @@ impl Vector for F64x4 {
         let mask = first_64(isa, n);
         // SAFETY: the token proves AVX; masked lanes are not accessed, the caller promises the others.
         Self(unsafe { _mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(src, mask), _mm256_castsi256_pd(mask)) })
+    }
+    #[inline(always)]
+    unsafe fn flags(_isa: Avx2, src: *const u8) -> Mask64x4 {
+        // SAFETY: the token proves AVX2; the caller promises the memory.
+        unsafe {
+            let lanes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(src.cast::<i32>().read_unaligned()));
+            Mask64x4(_mm256_castsi256_pd(_mm256_cmpgt_epi64(lanes, _mm256_setzero_si256())))
+        }
     }
     #[inline(always)]
     unsafe fn store(self, dst: *mut f64) {

@@ -197,6 +197,14 @@ impl Vector for F32x16 {
         Self(unsafe { _mm512_mask_loadu_ps(Self::splat(isa, fill).0, first(n) as __mmask16, src) })
     }
     #[inline(always)]
+    unsafe fn flags(_isa: Avx512, src: *const u8) -> Mask16 {
+        // SAFETY: the token proves AVX-512 BW and VL; the caller promises the memory.
+        unsafe {
+            let bytes = _mm_loadu_si128(src.cast());
+            Mask16(_mm_test_epi8_mask(bytes, bytes))
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, dst: *mut f32) {
         // SAFETY: a vector implies the token, which proves AVX-512 F; the caller promises the memory.
         unsafe { _mm512_storeu_ps(dst, self.0) }
@@ -372,6 +380,14 @@ impl Vector for F64x8 {
         debug_assert!(n <= Self::LANES);
         // SAFETY: the token proves AVX-512 F; masked lanes are not accessed, the caller promises the others.
         Self(unsafe { _mm512_mask_loadu_pd(Self::splat(isa, fill).0, first(n) as __mmask8, src) })
+    }
+    #[inline(always)]
+    unsafe fn flags(_isa: Avx512, src: *const u8) -> Mask8 {
+        // SAFETY: the token proves AVX-512 BW and VL; the caller promises the memory.
+        unsafe {
+            let bytes = _mm_loadl_epi64(src.cast());
+            Mask8(_mm_test_epi8_mask(bytes, bytes) as __mmask8)
+        }
     }
     #[inline(always)]
     unsafe fn store(self, dst: *mut f64) {

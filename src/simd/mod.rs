@@ -276,6 +276,10 @@ pub trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = 
     /// # Safety
     /// `src` is valid for reads of `n` elements.
     unsafe fn load_partial(isa: Self::Isa, src: *const Self::Elem, n: usize, fill: Self::Elem) -> Self;
+    /// Which of `LANES` bytes are not 0.
+    /// # Safety
+    /// `src` is valid for reads of that many bytes.
+    unsafe fn flags(isa: Self::Isa, src: *const u8) -> Self::Mask;
     /// Stores `LANES` elements.
     /// # Safety
     /// `dst` is valid for writes of `LANES` elements.

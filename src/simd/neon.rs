@@ -260,6 +260,15 @@ impl Vector for F32x4 {
         vbslq_f32, vabsq_f32
     }
     #[inline(always)]
+    unsafe fn flags(_isa: Neon, src: *const u8) -> Mask32x4 {
+        // SAFETY: the token proves NEON; the caller promises the memory.
+        unsafe {
+            let bytes = vcreate_u8(u64::from(src.cast::<u32>().read_unaligned()));
+            let lanes = vmovl_u16(vget_low_u16(vmovl_u8(bytes)));
+            Mask32x4(vtstq_u32(lanes, lanes))
+        }
+    }
+    #[inline(always)]
     unsafe fn load4(_isa: Neon, base: *const u8, offsets: *const isize) -> [Self; 4] {
         // SAFETY: the token proves NEON; the caller promises the offsets and four elements at each.
         unsafe {
@@ -354,6 +363,14 @@ impl Vector for F64x2 {
     common! {
         F64x2, Mask64x2, f64, 2, vdupq_n_f64, vld1q_f64, vst1q_f64, vfmaq_f64, vfmsq_f64, vcgtq_f64, vcltq_f64, vcleq_f64, vceqq_f64,
         vbslq_f64, vabsq_f64
+    }
+    #[inline(always)]
+    unsafe fn flags(_isa: Neon, src: *const u8) -> Mask64x2 {
+        // SAFETY: the token proves NEON; the caller promises the memory.
+        unsafe {
+            let lanes = vcombine_u64(vcreate_u64(u64::from(src.read())), vcreate_u64(u64::from(src.add(1).read())));
+            Mask64x2(vtstq_u64(lanes, lanes))
+        }
     }
     #[inline(always)]
     unsafe fn load4(_isa: Neon, base: *const u8, offsets: *const isize) -> [Self; 4] {

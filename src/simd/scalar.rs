@@ -179,6 +179,11 @@ macro_rules! vector {
                 Self(unsafe { src.read() })
             }
             #[inline(always)]
+            unsafe fn flags(_isa: Scalar, src: *const u8) -> Mask1 {
+                // SAFETY: the caller promises one readable byte.
+                Mask1(unsafe { src.read() } != 0)
+            }
+            #[inline(always)]
             unsafe fn load_partial(_isa: Scalar, src: *const $elem, n: usize, fill: $elem) -> Self {
                 // SAFETY: the caller promises n readable elements.
                 Self(if n == 0 { fill } else { unsafe { src.read() } })
