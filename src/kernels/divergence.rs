@@ -82,8 +82,8 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
     pub fn block(&mut self, constants: &Constants<S, T>, x: [Span<T>; 2], next: [Option<Span<T>>; 2], start: usize) {
         let (isa, scale) = (constants.isa, constants.scale);
         let mut ties = [self.p.ties, self.q.ties];
-        let (_, p_raised) = self.p.look(constants, x[0], start);
-        let (_, q_raised) = self.q.look(constants, x[1], start);
+        let (_, _, p_raised) = self.p.look(constants, x[0], start);
+        let (_, _, q_raised) = self.q.look(constants, x[1], start);
         let mut leap = false;
         if let Some(Raised { factor, growth }) = p_raised {
             ties[0] = 0.0;

@@ -370,8 +370,19 @@ where
 
     #[inline(always)]
     fn parts_here(self, x: V) -> (V, V) {
+        self.parts_above(self.raised(x))
+    }
+
+    /// x, or the floor where that is above it.
+    #[inline(always)]
+    pub fn raised(self, x: V) -> V {
         // In this order NaN passes.
-        let x = self.floor.max(x);
+        self.floor.max(x)
+    }
+
+    /// As [`Anchored::parts`], of x that was [`raised`](Anchored::raised).
+    #[inline(always)]
+    pub fn parts_above(self, x: V) -> (V, V) {
         let t = x.mul_add(self.hi, self.magic);
         let n = t - self.magic;
         let r = x.mul_add(self.lo, x.mul_sub(self.hi, n));

@@ -99,16 +99,18 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
         }
     }
 
-    /// Looks at a block before it is summed: moves to its maximum if that is larger, and counts the classes that have it.
+    /// Looks at a block before it is summed: moves to its maximum if that is larger, and counts the classes that have it. Whether there are any is the
+    /// second result.
     #[inline(always)]
-    pub(super) fn look(&mut self, constants: &Constants<S, T>, x: Span<T>, start: usize) -> (Vf<S, T>, Option<Raised>) {
+    pub(super) fn look(&mut self, constants: &Constants<S, T>, x: Span<T>, start: usize) -> (Vf<S, T>, bool, Option<Raised>) {
         let isa = constants.isa;
         let top = match self.known.take() {
             Some(top) => top,
             None => block_max(isa, x),
         };
         let mut raised = None;
-        if self.at.top.le(top).any() {
+        let reached = self.at.top.le(top).any();
+        if reached {
             let candidate = top.reduce_max();
             let first = self.ties == 0.0;
             if candidate > self.max {
@@ -120,7 +122,7 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
             }
             self.ties += ties as f64;
         }
-        (top, raised)
+        (top, reached, raised)
     }
 
     #[inline(always)]
@@ -227,7 +229,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
     #[inline(always)]
     pub fn block<const SPREAD: bool>(&mut self, constants: &Constants<S, T>, x: Span<T>, next: Option<Span<T>>, start: usize) -> Vf<S, T> {
         let isa = constants.isa;
-        let (top, raised) = self.softmax.look(constants, x, start);
+        let (top, reached, raised) = self.softmax.look(constants, x, start);
         if SPREAD
             && let Some(Raised { factor, growth }) = raised
             && growth < f64::INFINITY
@@ -238,8 +240,8 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             weight.scale(growth);
             self.spread_extra.merge(weight);
         }
-        // Portable code is there to be right, not to be large.
-        if S::LEVEL == Level::Scalar || !self.softmax.near() {
+        // Portable code is there to be right, not to be large. Below −inf there is nothing, and nothing can be taken from it.
+        if S::LEVEL == Level::Scalar || !self.softmax.near() || self.softmax.max == T::NEG_INF {
             self.careful::<SPREAD>(x);
             return top;
         }
@@ -250,7 +252,11 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             let part = x.part(from, n);
             // Without a successor it looks at itself, and the answer is not used.
             let ahead = next.map_or(part, |next| next.part(from, n));
-            let sums = pass::<S, T, SPREAD>(constants, &self.softmax.at, part, ahead);
+            let sums = if reached {
+                pass::<S, T, SPREAD, true>(isa, &self.softmax.at, part, ahead)
+            } else {
+                pass::<S, T, SPREAD, false>(isa, &self.softmax.at, part, ahead)
+            };
             next_top = sums.next.max(next_top);
             T::add(isa, &mut self.softmax.rest, sums.rest);
             if SPREAD {
@@ -307,17 +313,14 @@ struct Sums<V> {
     next: V,
 }
 
-/// The exponentials of a few classes, and the maximum of those that come after them in the same loop: memory is read in one unbroken stream.
+/// The exponentials of a few classes, and the maximum of those that come after them in the same loop: memory is read in one unbroken stream. TOP: the
+/// maximum of the row may be among them, and stays out of the sum.
 #[inline(always)]
-fn pass<S: Isa, T: Real, const SPREAD: bool>(
-    constants: &Constants<S, T>,
-    at: &Lanes<Vf<S, T>>,
-    x: Span<T>,
-    next: Span<T>,
-) -> Sums<Vf<S, T>> {
-    let isa = constants.isa;
+fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Lanes<Vf<S, T>>, x: Span<T>, next: Span<T>) -> Sums<Vf<S, T>> {
     let step = Vf::<S, T>::LANES;
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
+    // Where registers are few, two accumulators: the constants need them more.
+    let own = if S::REGISTERS < 32 { 1 } else { 3 };
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let (mut rest, mut spread) = ([zero; 4], [zero; 4]);
     let (len, group) = (x.len(), 4 * step);
@@ -328,8 +331,8 @@ fn pass<S: Isa, T: Real, const SPREAD: bool>(
         for u in 0..4 {
             ask(isa, next, u * step);
             // In this order a NaN is passed over; it comes back through the sum.
-            max[u] = next.load(isa, u * step).max(max[u]);
-            add::<S, T, SPREAD>(constants, at, x.load(isa, u * step), &mut rest[u], &mut spread[u]);
+            max[u & own] = next.load(isa, u * step).max(max[u & own]);
+            add::<S, T, SPREAD, TOP>(at, x.load(isa, u * step), &mut rest[u & own], &mut spread[u & own]);
         }
     }
     let fill = T::NEG_INF;
@@ -337,8 +340,8 @@ fn pass<S: Isa, T: Real, const SPREAD: bool>(
     while i < len {
         let n = step.min(len - i);
         max[u] = next.load_partial(isa, i, n, fill).max(max[u]);
-        add::<S, T, SPREAD>(constants, at, x.load_partial(isa, i, n, fill), &mut rest[u], &mut spread[u]);
-        u = (u + 1) & 3;
+        add::<S, T, SPREAD, TOP>(at, x.load_partial(isa, i, n, fill), &mut rest[u], &mut spread[u]);
+        u = (u + 1) & own;
         i += n;
     }
     Sums {
@@ -349,21 +352,19 @@ fn pass<S: Isa, T: Real, const SPREAD: bool>(
 }
 
 #[inline(always)]
-fn add<S: Isa, T: Real, const SPREAD: bool>(
-    constants: &Constants<S, T>,
+fn add<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(
     at: &Lanes<Vf<S, T>>,
     v: Vf<S, T>,
     rest: &mut Vf<S, T>,
     spread: &mut Vf<S, T>,
 ) {
-    let (p, q) = at.near.parts(v);
+    // 0·log 0 = 0, also for a class of −inf: what is far below the maximum is as good as the floor.
+    let v = at.near.raised(v);
+    let (p, q) = at.near.parts_above(v);
     // Unordered: a NaN is not the maximum and so reaches the sum.
-    *rest = rest.fma_where(v.ne(at.top), p, q);
+    *rest = if TOP { rest.fma_where(v.ne(at.top), p, q) } else { p.mul_add(q, *rest) };
     if SPREAD {
-        // 0·log 0 = 0, also for a class of −inf.
-        let e = p * q;
-        let zero = Vf::<S, T>::splat(constants.isa, T::ZERO);
-        *spread = spread.add_where(e.ne(zero), e * (at.top - v));
+        *spread = (p * q).mul_add(at.top - v, *spread);
     }
 }
 
@@ -387,25 +388,28 @@ fn find<S: Isa, T: Float>(isa: S, x: Span<T>, top: Vf<S, T>) -> (usize, usize) {
 
 /// How many classes are larger than `x`.
 #[inline(always)]
-pub fn larger<S: Isa, T: Float>(isa: S, block: Span<T>, x: T) -> usize {
+pub fn larger<S: Isa, T: Real>(isa: S, block: Span<T>, x: T) -> usize {
     let step = Vf::<S, T>::LANES;
     let than = Vf::<S, T>::splat(isa, x);
     let groups = block.len() / (4 * step);
-    let mut count = [0; 4];
+    let whole = Vf::<S, T>::splat(isa, T::WHOLE);
+    let mut counts = [whole; 4];
     for k in 0..groups {
         let part = block.nth(k, 4 * step);
-        for (u, count) in count.iter_mut().enumerate() {
-            *count += than.lt(part.load(isa, u * step)).count();
+        for (u, counts) in counts.iter_mut().enumerate() {
+            *counts = counts.count_where(than.lt(part.load(isa, u * step)));
         }
     }
+    let [a, b, c, d] = counts.map(|counts| counts - whole);
+    let mut count = ((a + b) + (c + d)).reduce_sum().to_f64() as usize;
     let mut i = groups * 4 * step;
     while i < block.len() {
         let n = step.min(block.len() - i);
         // Nothing is larger than NaN, and −inf larger than nothing.
-        count[0] += than.lt(block.load_partial(isa, i, n, T::NEG_INF)).count();
+        count += than.lt(block.load_partial(isa, i, n, T::NEG_INF)).count();
         i += n;
     }
-    count.iter().sum()
+    count
 }
 
 /// The k largest classes of a row as far as it was read: candidates are collected until there are too many, and then those that cannot be
