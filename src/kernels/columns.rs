@@ -18,9 +18,12 @@ pub const BLOCK: usize = 64;
 /// Most classes whose vectors run across the rows although the classes are adjacent: transposing costs less than what a row costs by itself.
 pub const MOST: usize = 32;
 
+/// Classes that are read together of those that are more than [`BLOCK`]: of as many rows as fit, they stay in the first cache.
+const DEPTH: usize = 64;
+
 /// Classes per block of a row: as even as multiples of four allow, so that the last block is not a sliver.
 pub fn block_of(classes: usize) -> usize {
-    classes.div_ceil(classes.div_ceil(BLOCK).max(1)).next_multiple_of(4).min(BLOCK)
+    if classes <= BLOCK { classes.max(1) } else { classes.div_ceil(classes.div_ceil(DEPTH)).next_multiple_of(4) }
 }
 
 /// Vectors of columns whose states are carried from block to block together: long enough runs for the prefetcher in Fortran order.

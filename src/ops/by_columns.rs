@@ -98,6 +98,8 @@ struct Operands<'s, 'j, 'a, E, T> {
     from: usize,
     /// The logits of the sparse targets, as in the tile, once their blocks were filled.
     x_target: Vec<f64>,
+    /// Those targets, where there are several blocks.
+    by_class: ByClass,
     element: core::marker::PhantomData<E>,
 }
 
@@ -181,15 +183,32 @@ impl<E: Element<Acc = T>, T: Work> Blocks<T> for Operands<'_, '_, '_, E, T> {
         let strip = Strip::new(self.strip.job, &kept[from..kept.len().min(from + width)]);
         self.from = from;
         self.x(&strip, x, (first, count));
-        targets(&strip, |slot, j, class| {
-            let class = class.wrapping_sub(first);
-            if class < count {
-                self.x_target[j * WIDTH + from + slot] = x[class * self.stride + slot].to_f64();
+        for &(class, j, slot) in self.by_class.part(first, count) {
+            if (from..from + width).contains(&slot) {
+                self.x_target[j * WIDTH + slot] = x[(class - first) * self.stride + slot - from].to_f64();
             }
-        });
+        }
         if strip.job.own_dense() {
             self.dense(&strip, dense, (first, count));
         }
+    }
+}
+
+/// The sparse targets of a strip in the order of their classes, as class, entry and slot: a block finds its own among them.
+struct ByClass(Vec<(usize, usize, usize)>);
+
+impl ByClass {
+    fn new(strip: &Strip) -> Self {
+        let mut all = Vec::with_capacity(strip.kept.len());
+        targets(strip, |slot, j, class| all.push((class, j, slot)));
+        all.sort_unstable();
+        Self(all)
+    }
+
+    /// Those of `count` classes from `first` on.
+    fn part(&self, first: usize, count: usize) -> &[(usize, usize, usize)] {
+        let at = |class: usize| self.0.partition_point(|&(c, ..)| c < class);
+        &self.0[at(first)..at(first + count)]
     }
 }
 
@@ -403,6 +422,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
         spreads,
         from: 0,
         x_target,
+        by_class: if few { ByClass(Vec::new()) } else { ByClass::new(strip) },
         element: core::marker::PhantomData,
     };
     if few {
@@ -476,8 +496,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     if let Some(out) = job.out {
         unbend_patches(job, kept, tile);
         columns::balance(ColumnsMut::of(x, stride, depth, stride), n, tile, stored);
-        // Half a block at a time where it is read again: the tile is as large as L1.
-        let depth = if few { depth } else { columns::block_of(classes) / 2 };
+        let depth = columns::block_of(classes);
         operands.from = 0;
         for first in (0..classes).step_by(depth) {
             let count = depth.min(classes - first);
@@ -499,7 +518,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
                 operands.unbend(strip, x, (first, count));
             }
             if job.kind == Kind::Loss {
-                patch(strip, tile, &mut x[..], stride, index, (first, count));
+                patch(strip, tile, &mut x[..], stride, (index, &operands.by_class), (first, count));
             }
             if left_out {
                 for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
@@ -514,8 +533,15 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     sum
 }
 
-/// The exact values at a lone maximum and at the sparse targets.
-fn patch<T: Work>(strip: &Strip, tile: &Tile, x: &mut [T], stride: usize, index: &[usize], (first, count): (usize, usize)) {
+/// The exact values at a lone maximum and at the sparse targets: those at `index`, or found by class if there are several blocks.
+fn patch<T: Work>(
+    strip: &Strip,
+    tile: &Tile,
+    x: &mut [T],
+    stride: usize,
+    (index, by_class): (&[usize], &ByClass),
+    (first, count): (usize, usize),
+) {
     if strip.job.terms.dense {
         for slot in (0..strip.kept.len()).filter(|&slot| tile.ties[slot] == 1.0) {
             let class = (tile.arg[slot] as usize).wrapping_sub(first);
@@ -527,10 +553,10 @@ fn patch<T: Work>(strip: &Strip, tile: &Tile, x: &mut [T], stride: usize, index:
     if !index.is_empty() {
         return index.iter().zip(&tile.patch).for_each(|(&at, &value)| x[at] = T::from_f64(value));
     }
-    targets(strip, |slot, j, class| {
-        let class = class.wrapping_sub(first);
-        if class < count {
-            x[class * stride + slot] = T::from_f64(tile.patch[j * WIDTH + slot]);
-        }
-    });
+    let mut set = |class: usize, j: usize, slot: usize| x[(class - first) * stride + slot] = T::from_f64(tile.patch[j * WIDTH + slot]);
+    if count == strip.job.classes.size {
+        targets(strip, |slot, j, class| set(class, j, slot));
+    } else {
+        by_class.part(first, count).iter().for_each(|&(class, j, slot)| set(class, j, slot));
+    }
 }

@@ -1,7 +1,7 @@
 //! Into a tile of columns and out of it, for every layout: the arithmetic of a row never sees how it lies in memory.
 
 use crate::array::{Array, Columns, ColumnsMut, Element, Offsets, Out, Rows, RowsMut, Span, SpanMut};
-use crate::kernels::columns::{self, BLOCK};
+use crate::kernels::columns;
 use crate::simd::{Isa, Kernel};
 use crate::tunables::tunables;
 
@@ -39,7 +39,8 @@ impl Strip<'_, '_> {
             Path::Columns => {
                 let src = array.columns::<E>(job.rows.offset(operand, self.kept[0]) + first as isize * step, step, count, n);
                 // The next strip, or the next block of this one.
-                let ahead = if count == job.classes.size { (n * size) as isize } else { BLOCK as isize * step };
+                let ahead =
+                    if count == job.classes.size { (n * size) as isize } else { 2 * columns::block_of(job.classes.size) as isize * step };
                 job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), ahead));
             }
             Path::Rows if count == 2 && self.adjacent(operand, count, size) => {
