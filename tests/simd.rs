@@ -450,6 +450,33 @@ where
     unsafe { v.store_partial(core::ptr::NonNull::dangling().as_ptr(), 0) };
 }
 
+fn flags<V: Vector>(isa: V::Isa) {
+    let level = <V::Isa as Isa>::LEVEL;
+    let check = |bytes: &[u8]| {
+        let want = bytes.iter().enumerate().fold(0, |bits, (lane, &byte)| bits | u64::from(byte != 0) << lane);
+        #[cfg(unix)]
+        for at_end in [false, true] {
+            let page = Page::new();
+            let part: *mut u8 = page.part(bytes.len(), at_end);
+            // SAFETY: one byte per lane of the page. Whatever else is touched ends the process.
+            let mask = unsafe {
+                core::ptr::copy_nonoverlapping(bytes.as_ptr(), part, bytes.len());
+                V::flags(isa, part)
+            };
+            expect_mask(level, "flags", mask, want);
+        }
+        // SAFETY: one byte per lane.
+        expect_mask(level, "flags", unsafe { V::flags(isa, bytes.as_ptr()) }, want);
+    };
+    for value in [1, 2, 127, 128, 255] {
+        // Each set of lanes, or 2^12 of them.
+        for bits in 0..1_u32 << V::LANES.min(12) {
+            let bits = if V::LANES > 12 { bits | bits << 12 } else { bits };
+            check(&(0..V::LANES).map(|lane| if bits >> lane & 1 == 1 { value } else { 0 }).collect::<Vec<_>>());
+        }
+    }
+}
+
 #[cfg(unix)]
 fn full_at_page_ends<S: Isa>(isa: S) {
     for at_end in [false, true] {
@@ -724,6 +751,11 @@ every_level! {
     fn comparisons_and_masks<S>(isa) {
         comparisons::<S::F32>(isa);
         comparisons::<S::F64>(isa);
+    }
+
+    fn flags_are_bytes_that_are_not_zero<S>(isa) {
+        flags::<S::F32>(isa);
+        flags::<S::F64>(isa);
     }
 
     fn partial_access_touches_nothing_else<S>(isa) {

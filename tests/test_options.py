@@ -280,6 +280,31 @@ def test_values_under_false_are_not_read(level, dtype):
         assert np.isfinite(loss[1:]).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("classes", [3, 40, 70, 500, 1025, 2500])
+def test_masks_of_any_layout_in_place(level, dtype, softcap, classes):
+    """The same bits into a new array, in place, and whatever stands under False; zeros there."""
+    rng = np.random.default_rng(classes)
+    mask = rng.random((5, classes)) < 0.6
+    y = rng.integers(0, classes, 5)
+    mask[np.arange(5), y] = True
+    for order in "CF":
+        x = rng.normal(0, 3, (5, classes)).astype(dtype, order=order)
+        for given in (mask, np.asfortranarray(mask), mask[:, ::-1].copy()[:, ::-1]):
+            options = {"where": given, "softcap": softcap, "reduction": "none"}
+            loss, grad = ce.cross_entropy_with_grad(x, y, **options)
+            want, slope = reference.cross_entropy_with_grad(x.astype(F64), y, **options)
+            np.testing.assert_allclose(loss, want, rtol=32 * eps(row_dtype(dtype)))
+            np.testing.assert_allclose(grad.astype(F64), slope, rtol=64 * eps(dtype), atol=64 * eps(row_dtype(dtype)))
+            assert (grad[~mask] == 0).all()
+            for poison in (NAN, INF, -INF, 1e4):
+                z = np.where(mask, x.astype(F64), poison).astype(dtype, order=order)
+                for out in (None, z):
+                    again = ce.cross_entropy_with_grad(z, y, out=out, **options)
+                    np.testing.assert_array_equal(again[0], loss)
+                    np.testing.assert_array_equal(again[1], grad)
+
+
 def test_a_target_under_false(level, dtype):
     x = np.array([[0.0, 1.0, 2.0]], dtype)
     loss, grad = ce.cross_entropy_with_grad(x, [2], where=[True, True, False])

@@ -18,16 +18,34 @@ pub const BLOCK: usize = 64;
 /// Most classes whose vectors run across the rows although the classes are adjacent: transposing costs less than what a row costs by itself.
 pub const MOST: usize = 32;
 
-/// Classes that are read together of those that are more than [`BLOCK`]: of as many rows as fit, they stay in the first cache.
-const DEPTH: usize = 64;
-
 /// Classes per block of a row: as even as multiples of four allow, so that the last block is not a sliver.
 pub fn block_of(classes: usize) -> usize {
-    if classes <= BLOCK { classes.max(1) } else { classes.div_ceil(classes.div_ceil(DEPTH)).next_multiple_of(4) }
+    classes.div_ceil(classes.div_ceil(BLOCK).max(1)).next_multiple_of(4).min(BLOCK)
 }
 
 /// Vectors of columns whose states are carried from block to block together: long enough runs for the prefetcher in Fortran order.
 const GROUPS: usize = 16;
+
+/// Where classes of columns stand in memory, to be asked for while others are computed with: a block is copied faster than memory can give it.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// Class 0 of the first column.
+    pub base: *const u8,
+    /// Bytes from class to class.
+    pub class: isize,
+    /// Bytes from column to column.
+    pub column: isize,
+}
+
+impl Origin {
+    /// Asks for `count` classes from `first` on of column `j`, which need not be there.
+    #[inline(always)]
+    fn ask<S: Isa>(self, isa: S, first: usize, count: usize, j: usize) {
+        for c in first..first + count {
+            isa.prefetch(self.base.wrapping_offset(c as isize * self.class).wrapping_offset(j as isize * self.column));
+        }
+    }
+}
 
 /// A dense target stream of a block.
 #[derive(Clone, Copy)]
@@ -60,9 +78,11 @@ impl<T: Float> Dense<'_, T> {
 
 /// Adjacent rows, widened; lanes beyond the last one are zero. What lies `ahead` bytes behind is asked for.
 #[inline(always)]
-pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, tile: ColumnsMut<T>, ahead: isize) {
+pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, tile: ColumnsMut<T>, ahead: Option<isize>) {
     for c in 0..src.classes() {
-        src.prefetch(isa, c, ahead);
+        if let Some(ahead) = ahead {
+            src.prefetch(isa, c, ahead);
+        }
         for j in (0..src.width()).step_by(Vf::<S, T>::LANES) {
             tile.store_whole(isa, c, j, src.load(isa, c, j));
         }
@@ -262,13 +282,15 @@ pub struct Reduce<'a, T> {
     pub store: bool,
     /// Supplies the blocks if there are several.
     pub blocks: &'a mut dyn Blocks<T>,
+    /// Where they come from, if that is to be asked for.
+    pub origin: Option<Origin>,
 }
 
 /// Reads every class into the row states of `tile`. The exponentials replace the logits of the tile, if they are to be kept.
 #[inline(always)]
 pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
     let step = Vf::<S, T>::LANES;
-    let Reduce { scale, classes, width, stride, x, dense, shared, linear, store, blocks } = job;
+    let Reduce { scale, classes, width, stride, x, dense, shared, linear, store, blocks, origin } = job;
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let zero = splat::<S, T>(isa, 0.0);
     let empty = State { max: Vf::<S, T>::splat(isa, T::NEG_INF), ties: zero, k: exp.reference(zero), b: zero, rest: Wide::zero(isa) };
@@ -301,6 +323,9 @@ pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
                 raise::<S, T>(isa, &exp, scale, block.read(), first, at + group * step, state, lin.then_some(linear));
             }
             for group in 0..wide / step {
+                if let Some(origin) = origin {
+                    origin.ask(isa, first + count, count, from + group * step);
+                }
                 let (state, linear, at) = (&mut states[group], &mut linears[group], at + group * step);
                 match (lin, store) {
                     (false, false) => sum_block::<S, T, false, false>(isa, &exp, block, first, at, stream, state, linear),
@@ -573,9 +598,18 @@ pub fn balance<T: Summand>(x: ColumnsMut<T>, width: usize, tile: &mut Tile, stor
     }
 }
 
-/// Replaces the logits of a tile by `a·exp(x − reference) − g·t`.
+/// Replaces the logits of a tile by `a·exp(x − reference) − g·t`; the block after it, which `next` is the origin of, is asked for.
 #[inline(always)]
-pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, dense: Dense<T>, tile: &Tile, most: f64) {
+pub fn emit_exp<S: Isa, T: Summand>(
+    isa: S,
+    scale: f64,
+    x: ColumnsMut<T>,
+    width: usize,
+    dense: Dense<T>,
+    tile: &Tile,
+    most: f64,
+    next: Option<Origin>,
+) {
     let cap = Cap::new(isa, tile, most);
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let from = x.read();
@@ -585,6 +619,9 @@ pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width:
         let a = T::load_wide(isa, Span::of(&tile.a), j);
         let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.slope), j) } else { a };
         let above = cap.above(isa, j);
+        if let Some(next) = next {
+            next.ask(isa, 0, from.classes(), j);
+        }
         for c in 0..from.classes() {
             let mut out = cap.cut(above, at.exp2(from.load_whole(isa, c, j) - b) * a);
             if dense.is_some() {
@@ -595,14 +632,17 @@ pub fn emit_exp<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width:
     }
 }
 
-/// Replaces the logits of a tile by `(x − max)·scale − log_sum`, in this order: neither step cancels.
+/// Replaces the logits of a tile by `(x − max)·scale − log_sum`, in this order: neither step cancels. `next` as in [`emit_exp`].
 #[inline(always)]
-pub fn emit_log<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, tile: &Tile) {
+pub fn emit_log<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, tile: &Tile, next: Option<Origin>) {
     let scale = Vf::<S, T>::splat(isa, T::from_f64(scale));
     let from = x.read();
     for j in (0..width).step_by(Vf::<S, T>::LANES) {
         let max = T::load_wide(isa, Span::of(&tile.max), j);
         let log_sum = T::load_wide(isa, Span::of(&tile.log_sum), j);
+        if let Some(next) = next {
+            next.ask(isa, 0, from.classes(), j);
+        }
         for c in 0..from.classes() {
             x.store_whole(isa, c, j, (from.load_whole(isa, c, j) - max) * scale - log_sum);
         }

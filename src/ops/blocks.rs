@@ -103,7 +103,8 @@ impl<'a> Operand<'a> {
         if self.way == Way::Direct {
             for slot in 0..n {
                 let offset = rows.offset(self.index, row + slot) + (start * self.array.dtype().size()) as isize;
-                line(level, self.array, offset, false, &mut dst[slot * PITCH..][..len]);
+                let next = (len * self.array.dtype().size()) as isize;
+                line(level, self.array, offset, false, next, &mut dst[slot * PITCH..][..len]);
             }
         } else if self.way == Way::Tile {
             let (base, step) = (rows.offset(self.index, row), classes.inner_stride(self.index));

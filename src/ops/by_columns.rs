@@ -4,7 +4,7 @@
 
 use crate::array::{Array, Columns, ColumnsMut, DType, Element, Flags, Offsets, Out, Span, SpanMut, Vf};
 use crate::kernels::bend::Mask;
-use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Reduce};
+use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
 use crate::kernels::few::{self, Few};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::state::Pair;
@@ -44,6 +44,8 @@ struct Emit<'s, T> {
     stored: bool,
     /// No product of a and an exponential is larger.
     most: f64,
+    /// What is read next.
+    next: Option<Origin>,
 }
 
 impl<T: Work> Kernel for Emit<'_, T> {
@@ -52,11 +54,11 @@ impl<T: Work> Kernel for Emit<'_, T> {
     fn run<S: Isa>(self, isa: S) {
         let width = self.width.next_multiple_of(Vf::<S, T>::LANES);
         if self.log {
-            columns::emit_log(isa, self.scale, self.x, width, self.tile);
+            columns::emit_log(isa, self.scale, self.x, width, self.tile, self.next);
         } else if self.stored {
             columns::emit_stored(isa, self.x, width, self.dense, self.tile, self.most);
         } else {
-            columns::emit_exp(isa, self.scale, self.x, width, self.dense, self.tile, self.most);
+            columns::emit_exp(isa, self.scale, self.x, width, self.dense, self.tile, self.most, self.next);
         }
     }
 }
@@ -461,7 +463,10 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let terms = Terms { stored, plain, ..job.terms };
     let (scale, linear) = (terms.scale, (job.kind == Kind::Loss && terms.dense, own));
     let blocks = &mut operands;
-    job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks }, tile));
+    let from =
+        Origin { base: job.x.address(job.rows.offset(X, kept[0])), class: job.classes.inner_stride(X), column: size_of::<E>() as isize };
+    let origin = (!few && strip.path(job.tile_read) == Path::Columns).then_some(from);
+    job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks, origin }, tile));
     if !few {
         tile.x_target = core::mem::take(&mut operands.x_target);
     }
@@ -513,7 +518,9 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
             };
             let log = job.kind == Kind::LogSoftmax;
             let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
-            job.level.run(Emit { scale, x: ColumnsMut::of(x, stride, count, stride), width: n, dense: stream, tile, log, stored, most });
+            let next = origin.map(|origin| Origin { base: origin.base.wrapping_offset((first + count) as isize * origin.class), ..origin });
+            let tiled = ColumnsMut::of(x, stride, count, stride);
+            job.level.run(Emit { scale, x: tiled, width: n, dense: stream, tile, log, stored, most, next });
             if job.bend.is_some() {
                 operands.unbend(strip, x, (first, count));
             }

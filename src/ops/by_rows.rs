@@ -17,7 +17,9 @@ use crate::tunables::tunables;
 
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::source::{adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, unbend, unbend_patches};
+use super::source::{
+    adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, target_slopes, unbend, unbend_patches,
+};
 use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 
@@ -238,6 +240,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     };
     let past = at_once && !in_result;
     let (single, level) = (T::DTYPE == DType::F32, job.level);
+    let mut slopes_at = Vec::new();
     for (slot, &row) in kept.iter().enumerate() {
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
         let (own_slopes, folded) = match (capped, folds) {
@@ -283,6 +286,9 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
                 }
             }
         }
+        if folds {
+            target_slopes(job, row, slot, &mut slopes_at);
+        }
         let mut target_logits = [0.0; 2];
         let wanted = Wanted { classes: &classes_of[..entries], logits: &mut target_logits };
         let state = level.run(Reduce {
@@ -302,7 +308,13 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     }
     level.run(Finish { terms: &terms, tile, rows: (0, n), single });
     let Some(out) = job.out else { return settle(strip, tile) };
-    unbend_patches(job, kept, tile);
+    if folds {
+        for (at, slope) in slopes_at {
+            tile.patch[at] = slope.map_or(0.0, |slope| tile.patch[at] * slope);
+        }
+    } else {
+        unbend_patches(job, kept, tile);
+    }
     for (slot, &row) in kept.iter().enumerate() {
         let results = Results { job, from, tile, first: slot, past };
         let references = if store { &references[slot * blocks..][..blocks] } else { &[] };

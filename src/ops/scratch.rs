@@ -42,14 +42,14 @@ thread_local! {
 pub(super) trait Work: Summand + FromNumber {
     fn buffers(scratch: &mut Scratch) -> (&mut Tile, &mut Buffers<Self>, &mut Vec<Reference>);
     /// See [`super::source::line`]; false for types that are not computed in this one.
-    fn line(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [Self]) -> bool;
+    fn line(level: Level, array: &Array, offset: isize, backwards: bool, next: isize, dst: &mut [Self]) -> bool;
 }
 impl Work for f32 {
-    fn line(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [f32]) -> bool {
+    fn line(level: Level, array: &Array, offset: isize, backwards: bool, next: isize, dst: &mut [f32]) -> bool {
         match array.dtype() {
-            DType::F16 => line_of::<f16, f32>(level, array, offset, backwards, dst),
-            DType::Bf16 => line_of::<bf16, f32>(level, array, offset, backwards, dst),
-            DType::F32 => line_of::<f32, f32>(level, array, offset, backwards, dst),
+            DType::F16 => line_of::<f16, f32>(level, array, offset, backwards, next, dst),
+            DType::Bf16 => line_of::<bf16, f32>(level, array, offset, backwards, next, dst),
+            DType::F32 => line_of::<f32, f32>(level, array, offset, backwards, next, dst),
             _ => false,
         }
     }
@@ -59,8 +59,8 @@ impl Work for f32 {
     }
 }
 impl Work for f64 {
-    fn line(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [f64]) -> bool {
-        array.dtype() == DType::F64 && line_of::<f64, f64>(level, array, offset, backwards, dst)
+    fn line(level: Level, array: &Array, offset: isize, backwards: bool, next: isize, dst: &mut [f64]) -> bool {
+        array.dtype() == DType::F64 && line_of::<f64, f64>(level, array, offset, backwards, next, dst)
     }
 
     fn buffers(scratch: &mut Scratch) -> (&mut Tile, &mut Buffers<Self>, &mut Vec<Reference>) {

@@ -47,6 +47,8 @@ pub(super) fn softcap<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T])
 struct Line<'s, E, T> {
     src: Span<'s, E>,
     backwards: bool,
+    /// How many bytes behind stands what is read next, to be asked for.
+    next: isize,
     dst: &'s mut [T],
 }
 
@@ -54,18 +56,17 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Line<'_, E, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        let Self { src, backwards, dst } = self;
+        let Self { src, backwards, next, dst } = self;
+        // So that memory works while this run is computed with.
+        for i in (0..src.len()).step_by(64 / size_of::<E>()) {
+            isa.prefetch(src.address(i).wrapping_offset(next));
+        }
         if !backwards {
-            // Asks for what comes next, so that memory works while this block is computed with.
-            for i in (0..src.len()).step_by(64 / size_of::<E>()) {
-                isa.prefetch(src.address(i + src.len()));
-            }
             return columns::widen(isa, src, SpanMut::of(dst));
         }
         let (step, n) = (Vf::<S, T>::LANES, src.len());
         let mut i = 0;
         while i + step <= n {
-            isa.prefetch(src.address(n - i - step).wrapping_sub(n * size_of::<E>()));
             SpanMut::of(&mut *dst).store(isa, i, src.load(isa, n - i - step).reverse());
             i += step;
         }
@@ -80,9 +81,9 @@ fn keeps_its_digits<T: Work>(cap: f64) -> bool {
     T::DTYPE == DType::F64 || (1e-30..=1e15).contains(&cap)
 }
 
-/// Reads a run of adjacent elements, widened; `offset` is that of the lowest.
-pub(super) fn line<T: Work>(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [T]) {
-    if !T::line(level, array, offset, backwards, dst) {
+/// Reads a run of adjacent elements, widened; `offset` is that of the lowest. What is read next stands `next` bytes behind.
+pub(super) fn line<T: Work>(level: Level, array: &Array, offset: isize, backwards: bool, next: isize, dst: &mut [T]) {
+    if !T::line(level, array, offset, backwards, next, dst) {
         let (n, size) = (dst.len(), array.dtype().size() as isize);
         let (first, stride) = if backwards { (offset + (n as isize - 1) * size, -size) } else { (offset, size) };
         array.read(first, stride, n, dst, 1);
@@ -90,8 +91,15 @@ pub(super) fn line<T: Work>(level: Level, array: &Array, offset: isize, backward
 }
 
 /// The same of elements `E`, which are computed in `T`.
-pub(super) fn line_of<E: Element<Acc = T>, T: Work>(level: Level, array: &Array, offset: isize, backwards: bool, dst: &mut [T]) -> bool {
-    level.run(Line { src: array.span::<E>(offset, dst.len()), backwards, dst });
+pub(super) fn line_of<E: Element<Acc = T>, T: Work>(
+    level: Level,
+    array: &Array,
+    offset: isize,
+    backwards: bool,
+    next: isize,
+    dst: &mut [T],
+) -> bool {
+    level.run(Line { src: array.span::<E>(offset, dst.len()), backwards, next, dst });
     true
 }
 
@@ -107,7 +115,9 @@ fn unbent<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
     if job.lines && !dst.is_empty() {
         let stride = job.classes.inner_stride(X);
         let lowest = if stride < 0 { start + dst.len() - 1 } else { start };
-        line(job.level, job.x, base + lowest as isize * stride, stride < 0, dst);
+        // The next block of the row, or the next row.
+        let next = if dst.len() == job.classes.size { job.rows.inner_stride(X) } else { dst.len() as isize * stride };
+        line(job.level, job.x, base + lowest as isize * stride, stride < 0, next, dst);
     } else {
         gather(job.x, X, &job.classes, base, start, dst, dst.len(), 1);
     }
@@ -204,22 +214,27 @@ pub(super) fn unbend<T: Work>(job: &Job, row: usize, start: usize, slopes: &[T],
     masked(job, row, start, T::ZERO, gradient.read(), gradient);
 }
 
+/// What bending does to the gradient of one logit: a factor, or nothing is left of it.
+fn slope_at(job: &Job, row: usize, class: usize) -> Option<f64> {
+    let there = |mask: &Array| mask.get::<f32>(job.rows.offset(MASK, row) + job.classes.offset(MASK, class)) != 0.0;
+    if !job.bend.mask.is_none_or(there) {
+        return None;
+    }
+    let mut slope = [1.0_f64];
+    if let Some(cap) = job.bend.softcap {
+        gather(job.x, X, &job.classes, job.rows.offset(X, row), class, &mut slope, 1, 1);
+        softcap(job.level, cap, true, &mut slope);
+    }
+    Some(slope[0])
+}
+
 /// The same for the exact values at the maximum and the targets.
 pub(super) fn unbend_patches(job: &Job, kept: &[usize], tile: &mut Tile) {
     if !job.bend.is_some() {
         return;
     }
     for (slot, &row) in kept.iter().enumerate() {
-        let at = |class: usize, value: &mut f64| {
-            let mut slope = [1.0_f64];
-            if let Some(cap) = job.bend.softcap {
-                gather(job.x, X, &job.classes, job.rows.offset(X, row), class, &mut slope, 1, 1);
-                softcap(job.level, cap, true, &mut slope);
-            }
-            let kept =
-                job.bend.mask.is_none_or(|mask| mask.get::<f32>(job.rows.offset(MASK, row) + job.classes.offset(MASK, class)) != 0.0);
-            *value = if kept { *value * slope[0] } else { 0.0 };
-        };
+        let at = |class: usize, value: &mut f64| *value = slope_at(job, row, class).map_or(0.0, |slope| *value * slope);
         if job.terms.dense && tile.arg[slot] < job.classes.size as f64 {
             at(tile.arg[slot] as usize, &mut tile.top[slot]);
         }
@@ -228,6 +243,13 @@ pub(super) fn unbend_patches(job: &Job, kept: &[usize], tile: &mut Tile) {
                 at(class, &mut tile.patch[j * WIDTH + slot]);
             }
         }
+    }
+}
+
+/// What there is to be known for that of the sparse targets of a row, before it is overwritten.
+pub(super) fn target_slopes(job: &Job, row: usize, slot: usize, slopes: &mut Vec<(usize, Option<f64>)>) {
+    if let Some(labels) = &job.labels {
+        slopes.extend(labels.row(row).map(|(j, class, _)| (j * WIDTH + slot, slope_at(job, row, class))));
     }
 }
 

@@ -16,7 +16,7 @@ pub(super) const LANES: usize = 16;
 
 impl Strip<'_, '_> {
     /// The path of an operand for this strip: rows with gaps between them are not columns.
-    fn path(&self, path: Path) -> Path {
+    pub(super) fn path(&self, path: Path) -> Path {
         if path == Path::Columns && !self.run { Path::Gathered } else { path }
     }
 
@@ -38,9 +38,8 @@ impl Strip<'_, '_> {
         match path {
             Path::Columns => {
                 let src = array.columns::<E>(job.rows.offset(operand, self.kept[0]) + first as isize * step, step, count, n);
-                // The next strip, or the next block of this one.
-                let ahead =
-                    if count == job.classes.size { (n * size) as isize } else { 2 * columns::block_of(job.classes.size) as isize * step };
+                // The next strip. Of several blocks the next one is asked for while this one is computed with.
+                let ahead = (count == job.classes.size).then_some((n * size) as isize);
                 job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), ahead));
             }
             Path::Rows if count == 2 && self.adjacent(operand, count, size) => {
@@ -125,7 +124,7 @@ impl Strip<'_, '_> {
 /// Ways into a tile and out of it.
 pub(super) enum Move<'s, E, T> {
     /// Adjacent rows.
-    In(Columns<'s, E>, ColumnsMut<'s, T>, isize),
+    In(Columns<'s, E>, ColumnsMut<'s, T>, Option<isize>),
     Out(Columns<'s, T>, ColumnsMut<'s, E>, bool),
     /// Adjacent rows of two adjacent classes.
     PairsIn(Span<'s, E>, ColumnsMut<'s, T>),
