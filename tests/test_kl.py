@@ -127,6 +127,36 @@ def test_kl_keeps_the_digits_of_small_divergences(level):
                     assert (np.abs((grad - difference.hi) - difference.lo) <= 8 * unit + 2 * tiny(dtype)).all()
 
 
+def test_kl_off_the_grid(level):
+    """Logits so large that classes are taken one by one, close to each other and not."""
+    rng = np.random.default_rng(8)
+    for shift in (2.0**18, -(2.0**20)):
+        # On a grid that float32 has there.
+        p = np.rint(rng.normal(0, 2, (20, 70)) * 8) / 8
+        q = np.rint((p + rng.normal(0, 1.5, p.shape)) * 8) / 8
+        want = reference.kl_divergence(p, q)
+        for dtype in (F32, F64):
+            got = ce.kl_divergence((p + shift).astype(dtype), (q + shift).astype(dtype))
+            np.testing.assert_allclose(got, want, rtol=64 * eps(dtype) if dtype == F32 else 1e-12)
+    # A class that P all but excludes, of which the quotient of the two exceeds float64 although neither does.
+    got = ce.kl_divergence(2.0**31 + np.array([0.0, -600.0]), 2.0**31 + np.array([-200.0, 0.0]))
+    assert got == pytest.approx(200.0, rel=1e-12)
+
+
+def test_kl_where_differences_exceed_the_type(level):
+    """Two maxima of P, of which Q all but excludes one: the sum of differences overflows, that of what is left of them need not."""
+    for far in (3e38, 2e38, 1e38):
+        for classes in (2, 3, 40, 1000):
+            for first in (0, 1):
+                p, q = np.zeros((2, classes), F32)
+                p[2:] = -5
+                q[first] = -far
+                want, slope = reference.kl_divergence_with_grad(p.astype(F64), q.astype(F64))
+                got, grad = ce.kl_divergence_with_grad(p, q)
+                np.testing.assert_allclose(got, want, rtol=1e-6)
+                np.testing.assert_allclose(grad, slope, rtol=1e-5, atol=1e-7)
+
+
 def test_kl_gradient_of_confident_rows(level):
     p, q = np.array([[30.0, 0.0]], np.float32), np.array([[0.0, -25.0]], np.float32)
     _, grad = ce.kl_divergence_with_grad(p, q)
