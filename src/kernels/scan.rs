@@ -248,7 +248,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         let mut from = 0;
         while from < x.len() {
-            let n = stretch::<S, T>(4).min(x.len() - from);
+            let n = stretch::<S, T>(if S::REGISTERS < 32 { 2 } else { 4 }).min(x.len() - from);
             let part = x.part(from, n);
             // Without a successor it looks at itself, and the answer is not used.
             let ahead = next.map_or(part, |next| next.part(from, n));

@@ -501,7 +501,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     if let Some(out) = job.out {
         unbend_patches(job, kept, tile);
         columns::balance(ColumnsMut::of(x, stride, depth, stride), n, tile, stored);
-        let depth = columns::block_of(classes);
+        let depth = if few { depth } else { columns::block_of(classes) };
         operands.from = 0;
         for first in (0..classes).step_by(depth) {
             let count = depth.min(classes - first);
