@@ -34,8 +34,6 @@ pub enum Input<'a, T> {
         classes: usize,
         /// Where the row stands that blocks are made of, and bytes per class there; or any address.
         from: (*const u8, usize),
-        /// Where its mask stands, of one byte per class, if it has one.
-        mask: Option<*const u8>,
     },
     /// Made block by block, each in the loop over the block before it.
     Raw {
@@ -58,12 +56,14 @@ pub enum Raw<'a, T> {
 }
 
 impl<T: Real> Raw<'_, T> {
+    #[inline(always)]
     fn len(self) -> usize {
         match self {
             Self::Half(half) => half.len(),
             Self::Masked(masked) => masked.x.len(),
         }
     }
+    #[inline(always)]
     fn part(self, start: usize, len: usize) -> Self {
         match self {
             Self::Half(half) => Self::Half(half.part(start, len)),
@@ -119,6 +119,8 @@ pub(super) trait Making<T: Real>: Copy {
     const SIZE: usize;
     /// Whether what is read goes to scratch.
     const MADE: bool;
+    /// Whether there is one byte per class as well.
+    const FLAGS: bool = false;
     /// `len` classes from `start` on.
     fn part(self, start: usize, len: usize) -> Self;
     /// Run `k` of `size` classes each, see [`Span::nth`].
@@ -178,6 +180,7 @@ halves!(Bf16, bf16, Bf16);
 impl<T: Real> Making<T> for Masked<'_, T> {
     const SIZE: usize = size_of::<T>();
     const MADE: bool = true;
+    const FLAGS: bool = true;
     #[inline(always)]
     fn part(self, start: usize, len: usize) -> Self {
         Self { x: self.x.part(start, len), mask: self.mask.part(start, len) }
@@ -207,21 +210,21 @@ pub(super) struct Next<'a, T, M> {
     /// What is read later still, and asked for meanwhile.
     later: *const u8,
     /// The same of one byte per class.
-    mask: Option<*const u8>,
+    flags: *const u8,
 }
 
 impl<T: Real, M: Making<T>> Next<'_, T, M> {
     #[inline(always)]
     pub(super) fn part(self, start: usize, len: usize) -> Self {
-        let mask = self.mask.map(|mask| mask.wrapping_add(start));
+        let flags = if M::FLAGS { self.flags.wrapping_add(start) } else { self.flags };
         let to = if M::MADE { self.to.part(start, len) } else { self.to };
-        Self { from: self.from.part(start, len), to, later: self.later.wrapping_add(start * M::SIZE), mask }
+        Self { from: self.from.part(start, len), to, later: self.later.wrapping_add(start * M::SIZE), flags }
     }
     #[inline(always)]
     pub(super) fn nth(self, k: usize, size: usize) -> Self {
-        let mask = self.mask.map(|mask| mask.wrapping_add(k * size));
+        let flags = if M::FLAGS { self.flags.wrapping_add(k * size) } else { self.flags };
         let to = if M::MADE { self.to.nth(k, size) } else { self.to };
-        Self { from: self.from.nth(k, size), to, later: self.later.wrapping_add(k * size * M::SIZE), mask }
+        Self { from: self.from.nth(k, size), to, later: self.later.wrapping_add(k * size * M::SIZE), flags }
     }
     /// Asks for what is as far behind as element `i` is in the block.
     #[inline(always)]
@@ -229,8 +232,8 @@ impl<T: Real, M: Making<T>> Next<'_, T, M> {
         if (i * M::SIZE).is_multiple_of(64) {
             isa.prefetch(self.later.wrapping_add(i * M::SIZE));
         }
-        if let (0, Some(mask)) = (i, self.mask) {
-            isa.prefetch(mask);
+        if M::FLAGS && i == 0 {
+            isa.prefetch(self.flags);
         }
     }
     /// A vector from element `i` on.
@@ -283,34 +286,29 @@ pub(super) enum Ahead<'a, T> {
     Masked(Next<'a, T, Masked<'a, T>>),
 }
 
-/// Does the same with any kind.
-macro_rules! each {
-    ($ahead:expr, $next:ident => $work:expr) => {
-        match $ahead {
-            Self::Here($next) => $work,
-            Self::F16($next) => $work,
-            Self::Bf16($next) => $work,
-            Self::Masked($next) => $work,
-        }
-    };
-}
-
 impl<'a, T: Real> Ahead<'a, T> {
     #[inline(always)]
     pub(super) fn of(block: Span<'a, T>) -> Self {
-        Self::Here(Next { from: Here(block), to: SpanMut::of(&mut []), later: block.address(0).wrapping_add(LATER), mask: None })
+        Self::Here(Next {
+            from: Here(block),
+            to: SpanMut::of(&mut []),
+            later: block.address(0).wrapping_add(LATER),
+            flags: core::ptr::null(),
+        })
     }
     /// What is made of `from`, written to `to`.
     #[inline(always)]
     pub(super) fn raw(from: Raw<'a, T>, to: SpanMut<'a, T>) -> Self {
         match from {
-            Raw::Half(Half::F16(half)) => Self::F16(Next { from: F16(half), to, later: half.address(0).wrapping_add(LATER), mask: None }),
+            Raw::Half(Half::F16(half)) => {
+                Self::F16(Next { from: F16(half), to, later: half.address(0).wrapping_add(LATER), flags: core::ptr::null() })
+            }
             Raw::Half(Half::Bf16(half)) => {
-                Self::Bf16(Next { from: Bf16(half), to, later: half.address(0).wrapping_add(LATER), mask: None })
+                Self::Bf16(Next { from: Bf16(half), to, later: half.address(0).wrapping_add(LATER), flags: core::ptr::null() })
             }
             Raw::Masked(from) => {
-                let (later, mask) = (from.x.address(0).wrapping_add(LATER), from.mask.address(LATER / size_of::<T>()));
-                Self::Masked(Next { from, to, later, mask: Some(mask) })
+                let (later, flags) = (from.x.address(0).wrapping_add(LATER), from.mask.address(LATER / size_of::<T>()));
+                Self::Masked(Next { from, to, later, flags })
             }
         }
     }
@@ -330,8 +328,13 @@ impl<'a, T: Real> Ahead<'a, T> {
     /// Another block in its place, with the same to be asked for meanwhile.
     #[inline(always)]
     pub(super) fn instead(self, block: Span<'a, T>) -> Next<'a, T, Here<'a, T>> {
-        let (later, mask) = each!(self, next => (next.later, next.mask));
-        Next { from: Here(block), to: SpanMut::of(&mut []), later, mask }
+        let later = match self {
+            Self::Here(next) => next.later,
+            Self::F16(next) => next.later,
+            Self::Bf16(next) => next.later,
+            Self::Masked(next) => next.later,
+        };
+        Next { from: Here(block), to: SpanMut::of(&mut []), later, flags: core::ptr::null() }
     }
     /// The maximum of the classes from `start` on.
     #[inline(always)]
@@ -380,7 +383,7 @@ impl<'a, T: Real> Input<'a, T> {
                 };
                 (this.read(), ahead, none)
             }
-            Self::Made { fill, scratch, slopes, classes, from, mask } => {
+            Self::Made { fill, scratch, slopes, classes, from } => {
                 let len = |index: usize| BLOCK.min(classes.saturating_sub(index * BLOCK));
                 let at = if slopes.is_empty() { 0 } else { APART };
                 let (mut this, mut other) = scratch.split_at_mut(APART);
@@ -399,8 +402,7 @@ impl<'a, T: Real> Input<'a, T> {
                     fill(index + 1, next, &mut slope_after[..n]);
                 }
                 let later = from.0.wrapping_add((index + 2) * BLOCK * from.1);
-                let mask = mask.map(|mask| mask.wrapping_add((index + 2) * BLOCK));
-                let next = Next { from: Here(Span::of(next)), to: SpanMut::of(&mut []), later, mask };
+                let next = Next { from: Here(Span::of(next)), to: SpanMut::of(&mut []), later, flags: core::ptr::null() };
                 (Span::of(&this[..len(index)]), Ahead::Here(next), Span::of(&slope[..room(len(index))]))
             }
         }

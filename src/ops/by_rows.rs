@@ -261,16 +261,14 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             Input::Raw { row: this, after: kept.get(slot + 1).copied().or(next).and_then(raw), scratch: copy }
         } else {
             let from = if job.lines { job.x.address(job.rows.offset(X, row)) } else { copy.as_ptr().cast() };
-            let mask = job.bend.mask.filter(|_| job.classes.is_line() && job.classes.inner_stride(MASK) == 1);
-            let mask = mask.map(|mask| mask.address(job.rows.offset(MASK, row)));
-            Input::Made { fill: &mut fill, scratch: copy, slopes: folded, classes, from: (from, job.x.dtype().size()), mask }
+            Input::Made { fill: &mut fill, scratch: copy, slopes: folded, classes, from: (from, job.x.dtype().size()) }
         };
         let t = match (terms.dense && job.kind == Kind::Loss, own) {
             (false, _) => Input::None,
             (true, false) => Input::row(Span::of(&shared[..classes])),
             (true, true) => {
                 let from = (dense.as_ptr().cast(), 0);
-                Input::Made { fill: &mut fill_dense, scratch: dense, slopes: &mut [], classes, from, mask: None }
+                Input::Made { fill: &mut fill_dense, scratch: dense, slopes: &mut [], classes, from }
             }
         };
         // The logits of one or two targets are read with their blocks.
