@@ -40,7 +40,10 @@ test: .venv-test/.wheel ## install the wheel and run the Python tests on it
 	.venv-test/bin/pytest $(ARGS)
 
 .PHONY: test-levels
-test-levels: .venv-test/.wheel ## the Python tests once per instruction set of this machine
+test-levels: .venv-test/.wheel ## the Rust tests at every instruction set, NEON emulated where there is an emulator, and the Python tests once per set of this machine
+	cargo test --locked
+	if command -v $${CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER:-qemu-aarch64} >/dev/null; then tools/test-neon.sh; \
+	else echo "no emulator: NEON is left out, see make test-neon"; fi
 	for level in $$(.venv-test/bin/python -c 'import crossent; print(*crossent.simd_levels())'); do \
 		echo "==> $$level"; CROSSENT_SIMD=$$level .venv-test/bin/pytest $(ARGS) || exit 1; \
 	done
