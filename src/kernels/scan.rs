@@ -136,7 +136,7 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
             // The old maxima join the rest.
             self.rest_extra.add(self.ties * self.top * raised.factor);
         }
-        self.top = exp_f64(Scalar, (max.to_f64() - moved.b) * constants.scale, moved.k);
+        self.top = exp_f64(constants.isa, (max.to_f64() - moved.b) * constants.scale, moved.k);
         (self.max, self.ties, self.reference) = (max, 0.0, moved);
         self.at = constants.lanes(moved, max);
         raised
@@ -376,7 +376,8 @@ fn find<S: Isa, T: Float>(isa: S, x: Span<T>, top: Vf<S, T>) -> (usize, usize) {
     let mut i = 0;
     while i < x.len() {
         let n = step.min(x.len() - i);
-        let bits = x.load_partial(isa, i, n, T::NEG_INF).eq(top).bits() & (u64::MAX >> (64 - n));
+        let v = if n == step { x.load(isa, i) } else { x.load_partial(isa, i, n, T::NEG_INF) };
+        let bits = v.eq(top).bits() & (u64::MAX >> (64 - n));
         if bits != 0 {
             ties += bits.count_ones() as usize;
             first = first.min(i + bits.trailing_zeros() as usize);

@@ -24,6 +24,12 @@ pub(super) const TASK: usize = 1 << 15;
 /// Elements per task of a large batch of long rows.
 const LONG_TASK: usize = 1 << 18;
 
+/// Rows per task: of long ones several, so that memory is read in long stretches, but enough tasks to share evenly.
+pub(super) fn rows_per_task(rows: usize, classes: usize) -> usize {
+    let classes = classes.max(1);
+    (TASK / classes).max((LONG_TASK / classes).min(rows / 64)).max(1)
+}
+
 /// Where results go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stores {
@@ -185,9 +191,7 @@ impl<'a> Job<'a> {
         };
         let per_row = TASK / classes.size.max(1);
         let rows_per_task = if per_row >= WIDTH { per_row / WIDTH * WIDTH } else { per_row.max(1) };
-        // Long rows: several to a task, so that memory is read in long stretches, but enough tasks to share evenly.
-        let stretch = (LONG_TASK / classes.size.max(1)).min(rows.size / 64);
-        let rows_per_task = if by_rows { rows_per_task.max(stretch) } else { rows_per_task.max(WIDTH) };
+        let rows_per_task = rows_per_task.max(if by_rows { self::rows_per_task(rows.size, classes.size) } else { WIDTH });
         Ok(Self {
             kind,
             x,

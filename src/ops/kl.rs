@@ -12,7 +12,7 @@ use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, Reduction};
 use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE};
-use super::job::TASK;
+use super::job::{TASK, rows_per_task};
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Work, room};
 use super::targets::{filled, row_shape};
@@ -78,7 +78,7 @@ pub fn kl_divergence(
         upstream,
         g: if reduction == Reduction::Mean { factor / count as f64 } else { factor },
     };
-    let per_task = (TASK / 2 / layout.classes.size.max(1)).max(1);
+    let per_task = rows_per_task(count, 2 * layout.classes.size);
     let per_task = if job.is_tiled() { per_task.next_multiple_of(TILE) } else { per_task };
     let tasks = count.div_ceil(per_task);
     let threads = if count * layout.classes.size < TASK { 1 } else { exec.threads };

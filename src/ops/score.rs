@@ -1,14 +1,14 @@
 //! Scores of given tokens: log-probability, logsumexp and argmax, and on demand entropy and rank, in one reading of the logits.
 
-use crate::array::{Array, DType, Element, Out};
+use crate::array::{Array, DType, Element, Out, Vf};
 use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::{Constants, Scan, Total, larger};
-use crate::simd::{Isa, Kernel};
+use crate::simd::{Isa, Kernel, Mask, Vector};
 use crate::threads;
 
 use super::api::{Error, Exec};
 use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE};
-use super::job::TASK;
+use super::job::{TASK, rows_per_task};
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Work};
 use super::targets::{NONE, classes, filled, row_shape};
@@ -69,7 +69,7 @@ pub fn score_tokens(exec: &Exec, logits: &Array, axis: usize, tokens: &Array, ig
         return Err(Error::Invalid("a result is missing"));
     };
     let job = Job { x, layout: &layout, class: &class, logprob, logsumexp, argmax, greedy, entropy: result(4), rank: result(5) };
-    let per_task = (TASK / layout.classes.size.max(1)).max(1);
+    let per_task = rows_per_task(layout.rows.size, layout.classes.size);
     let per_task = if job.x.is_tiled() { per_task.next_multiple_of(TILE) } else { per_task };
     let threads = if layout.rows.size * layout.classes.size < 2 * TASK { 1 } else { exec.threads };
     let dtype = logits.dtype();
@@ -170,8 +170,9 @@ fn score<S: Isa, T: Work, const SPREAD: bool>(isa: S, job: &Job, first: usize, l
             feed.load(S::LEVEL, &job.x, row, n, start, len);
             for slot in (0..n).filter(|slot| job.class[row + slot] != NONE) {
                 let (block, next) = feed.block(&job.x, row, slot, start, len);
-                scans[slot].block::<SPREAD>(&constants, block, next, start);
-                if job.rank.is_some() {
+                let top = scans[slot].block::<SPREAD>(&constants, block, next, start);
+                // Most blocks have nothing above a token that is likely.
+                if job.rank.is_some() && Vf::<S, T>::splat(isa, logit[slot]).lt(top).any() {
                     rank[slot] += larger(isa, block, logit[slot]);
                 }
             }

@@ -10,7 +10,7 @@ use crate::threads;
 
 use super::api::{Error, Exec};
 use super::blocks::{Chunk, Feed, Layout, Operand, TILE};
-use super::job::TASK;
+use super::job::{TASK, rows_per_task};
 use super::plan::Axes;
 use super::scratch::{SCRATCH, Work};
 use super::with_element;
@@ -40,7 +40,7 @@ pub fn topk_logprobs(exec: &Exec, logits: &Array, axis: usize, logprobs: &Out, i
     if k == 0 {
         return Ok(());
     }
-    let per_task = (TASK / layout.classes.size.max(1)).max(1);
+    let per_task = rows_per_task(layout.rows.size, layout.classes.size);
     let per_task = if job.x.is_tiled() { per_task.next_multiple_of(TILE) } else { per_task };
     let threads = if layout.rows.size * layout.classes.size < 2 * TASK { 1 } else { exec.threads };
     let dtype = logits.dtype();
