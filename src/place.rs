@@ -10,7 +10,10 @@ use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 pub struct Seat {
     /// Its number in the system; 0 before it has started.
     thread: AtomicI32,
+    /// Where it was last.
     processor: AtomicUsize,
+    /// Where it may not run, for our sake.
+    kept_off: AtomicUsize,
 }
 
 /// Not known, or nowhere that matters.
@@ -18,7 +21,7 @@ const ELSEWHERE: usize = usize::MAX;
 
 impl Default for Seat {
     fn default() -> Self {
-        Self { thread: AtomicI32::new(0), processor: AtomicUsize::new(ELSEWHERE) }
+        Self { thread: AtomicI32::new(0), processor: AtomicUsize::new(ELSEWHERE), kept_off: AtomicUsize::new(ELSEWHERE) }
     }
 }
 
@@ -34,13 +37,15 @@ impl Seat {
     }
 }
 
-/// To be called before helpers are woken: those that slept on this processor may run wherever the caller may, but for here.
+/// To be called before helpers are woken: those that slept on this processor may run wherever they could, but for here.
 pub fn make_way<'s>(seats: impl Iterator<Item = &'s Seat>) {
     let Some(here) = system::processor() else { return };
     for seat in seats {
-        if seat.processor.load(Ordering::Relaxed) == here {
-            seat.processor.store(ELSEWHERE, Ordering::Relaxed);
-            system::keep_off(seat.thread.load(Ordering::Relaxed), here);
+        if seat.processor.compare_exchange(here, ELSEWHERE, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            let before = seat.kept_off.load(Ordering::Relaxed);
+            if system::keep_off(seat.thread.load(Ordering::Relaxed), here, before) {
+                seat.kept_off.store(here, Ordering::Relaxed);
+            }
         }
     }
 }
@@ -59,20 +64,26 @@ mod system {
         usize::try_from(unsafe { libc::sched_getcpu() }).ok().filter(|&cpu| cpu < libc::CPU_SETSIZE as usize)
     }
 
-    /// Lets a thread run on the processors of the calling one except `processor`, unless there is no other. Failure changes nothing.
-    pub fn keep_off(thread: i32, processor: usize) {
+    /// Takes a processor from those that a thread may run on, unless it is the only one, and gives one back, if the calling thread may run there.
+    /// Failure changes nothing.
+    pub fn keep_off(thread: i32, processor: usize, give_back: usize) -> bool {
+        const SIZE: usize = size_of::<libc::cpu_set_t>();
         if thread == 0 {
-            return;
+            return false;
         }
-        // SAFETY: a set of bits, for which zeros are valid; the calls get its size, and `processor` is inside.
+        // SAFETY: sets of bits, for which zeros are valid; the calls get their size, and both numbers are checked to be inside.
         unsafe {
-            let mut allowed: libc::cpu_set_t = zeroed();
-            if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut allowed) == 0 {
-                libc::CPU_CLR(processor, &mut allowed);
-                if libc::CPU_COUNT(&allowed) > 0 {
-                    libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &raw const allowed);
-                }
+            let (mut own, mut allowed): (libc::cpu_set_t, libc::cpu_set_t) = (zeroed(), zeroed());
+            if libc::sched_getaffinity(thread, SIZE, &raw mut allowed) != 0 || libc::sched_getaffinity(0, SIZE, &raw mut own) != 0 {
+                return false;
             }
+            if give_back < libc::CPU_SETSIZE as usize && libc::CPU_ISSET(give_back, &own) {
+                libc::CPU_SET(give_back, &mut allowed);
+            }
+            if processor < libc::CPU_SETSIZE as usize {
+                libc::CPU_CLR(processor, &mut allowed);
+            }
+            libc::CPU_COUNT(&allowed) > 0 && libc::sched_setaffinity(thread, SIZE, &raw const allowed) == 0
         }
     }
 }
@@ -85,7 +96,9 @@ mod system {
     pub fn processor() -> Option<usize> {
         None
     }
-    pub fn keep_off(_thread: i32, _processor: usize) {}
+    pub fn keep_off(_thread: i32, _processor: usize, _give_back: usize) -> bool {
+        false
+    }
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -131,6 +144,44 @@ mod tests {
             drop(call);
             assert!(times > 0);
         });
+    }
+
+    /// What a thread may run on.
+    fn processors(thread: i32) -> Vec<usize> {
+        // SAFETY: as in `system::keep_off`.
+        unsafe {
+            let mut set: libc::cpu_set_t = core::mem::zeroed();
+            assert_eq!(libc::sched_getaffinity(thread, size_of::<libc::cpu_set_t>(), &raw mut set), 0);
+            (0..libc::CPU_SETSIZE as usize).filter(|&cpu| libc::CPU_ISSET(cpu, &set)).collect()
+        }
+    }
+
+    #[test]
+    fn a_helper_is_kept_off_one_processor_at_a_time() {
+        let (end, ended) = channel::<()>();
+        let seat = Seat::default();
+        std::thread::scope(|scope| {
+            let seat = &seat;
+            let (ready, is_ready) = channel();
+            scope.spawn(move || {
+                seat.take();
+                ready.send(()).unwrap();
+                ended.recv().unwrap_err();
+            });
+            is_ready.recv().unwrap();
+            let (thread, all) = (seat.thread.load(Ordering::Relaxed), processors(0));
+            let mut last = ELSEWHERE;
+            for &cpu in all.iter().chain(&all) {
+                let done = system::keep_off(thread, cpu, last);
+                assert_eq!(done, all.len() > 1);
+                if done {
+                    assert_eq!(processors(thread), all.iter().copied().filter(|&other| other != cpu).collect::<Vec<_>>());
+                    last = cpu;
+                }
+            }
+            drop(end);
+        });
+        assert!(!system::keep_off(0, 0, 0));
     }
 
     #[test]
