@@ -19,6 +19,8 @@ pub trait Element: Copy + Send + Sync + 'static {
     fn to_acc(self) -> Self::Acc;
     /// From the type it is computed in, rounded once.
     fn from_acc(x: Self::Acc) -> Self;
+    /// Whether it is larger than x, which the type holds.
+    fn exceeds(self, x: f64) -> bool;
     /// Loads one vector's worth, widened.
     /// # Safety
     /// `src` is valid for reads of `LANES` elements.
@@ -72,6 +74,10 @@ impl Element for f32 {
     #[inline(always)]
     fn from_f64(x: f64) -> Self {
         x as Self
+    }
+    #[inline(always)]
+    fn exceeds(self, x: f64) -> bool {
+        self > x as Self
     }
     #[inline(always)]
     fn to_acc(self) -> Self {
@@ -138,6 +144,10 @@ impl Element for f64 {
         x
     }
     #[inline(always)]
+    fn exceeds(self, x: f64) -> bool {
+        self > x
+    }
+    #[inline(always)]
     fn to_acc(self) -> Self {
         self
     }
@@ -196,6 +206,10 @@ macro_rules! half_element {
             #[inline(always)]
             fn from_f64(x: f64) -> Self {
                 <$type>::from_f32(round_to_odd(x))
+            }
+            #[inline(always)]
+            fn exceeds(self, x: f64) -> bool {
+                self > Self::from_f64(x)
             }
             #[inline(always)]
             fn to_acc(self) -> f32 {

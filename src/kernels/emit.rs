@@ -1,7 +1,7 @@
 //! Results of rows: from exponentials that were kept or are computed again, or from logits.
 
 use crate::array::{DType, Element, Float, Half, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
-use crate::simd::{Isa, Kernel, Mask, Vector};
+use crate::simd::{Isa, Kernel, Vector};
 
 use super::finish::{SURE, Tile};
 use super::math::{Anchored, Exp, Real};
@@ -214,19 +214,18 @@ pub enum From {
     Logs,
 }
 
-/// Makes a class that has everything exactly 1: the product has the error of two exponentials.
-#[inline(always)]
-fn crown<S: Isa, O: Element<Acc = T>, T: Real>(isa: S, dst: SpanMut<O>) {
-    let (step, all, sure) = (Vf::<S, T>::LANES, dst.read(), splat::<S, T>(isa, SURE));
-    let mut i = 0;
-    while i < all.len() {
-        let n = step.min(all.len() - i);
-        let v = if n == step { all.load(isa, i) } else { all.load_partial(isa, i, n, O::from_f64(0.0)) };
-        let above = sure.lt(v).bits();
-        if above != 0 {
-            return dst.set(i + above.trailing_zeros() as usize, O::from_f64(1.0));
+/// Makes a class that has everything exactly 1: the product has the error of two exponentials. Once per type: such rows are few, or cheap to look through.
+#[inline(never)]
+fn crown<O: Element>(dst: SpanMut<O>) {
+    const STRETCH: usize = 64;
+    let all = dst.read();
+    for start in (0..all.len()).step_by(STRETCH) {
+        let part = all.part(start, STRETCH.min(all.len() - start));
+        if (0..part.len()).fold(false, |any, i| any | part.get(i).exceeds(SURE))
+            && let Some(i) = (0..part.len()).find(|&i| part.get(i).exceeds(SURE))
+        {
+            return dst.set(start + i, O::from_f64(1.0));
         }
-        i += n;
     }
 }
 
@@ -276,7 +275,7 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
                 }
             }
             if self.most == 1.0 && self.tile.top[self.first + r] == SURE {
-                crown(isa, dst);
+                crown(dst);
             }
         }
         if self.past {

@@ -396,9 +396,11 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
                     pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to)
                 }
                 (Ahead::Bf16(next), ALL) if single => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Masked(next), NOTHING) => pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Masked(next), ALL) => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                _ => unreachable!("halves are computed in float32, and gradients with a dense stream bent afterwards"),
+                (Ahead::Masked(next), NOTHING) if single => {
+                    pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to)
+                }
+                (Ahead::Masked(next), ALL) if single => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
+                _ => unreachable!("only blocks of float32 are made here, and gradients with a dense stream bent afterwards"),
             };
             top = sums.next.max(top);
             ties += sums.ties as f64;

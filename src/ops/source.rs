@@ -170,10 +170,11 @@ pub(super) fn adjacent_flags<'a>(job: &Job<'a>, row: usize, start: usize, n: usi
     if there { mask.flags(job.rows.offset(MASK, row) + start as isize, n) } else { None }
 }
 
-/// A row of logits and its mask where both stand, if that is all there is to be done to them.
+/// A row of float32 logits and its mask where both stand, if that is all there is to be done to them. Of float64 a block is copied as quickly, beside
+/// what computing it takes.
 pub(super) fn adjacent_masked<'a, T: Work>(job: &Job<'a>, row: usize) -> Option<Raw<'a, T>> {
     let n = job.classes.size;
-    if job.bend.softcap.is_some() {
+    if job.bend.softcap.is_some() || T::DTYPE != DType::F32 {
         return None;
     }
     Some(Raw::Masked(Masked { x: adjacent::<T>(job, row, 0, n)?, mask: adjacent_flags(job, row, 0, n)? }))
