@@ -170,8 +170,8 @@ pub(super) fn adjacent_flags<'a>(job: &Job<'a>, row: usize, start: usize, n: usi
     if there { mask.flags(job.rows.offset(MASK, row) + start as isize, n) } else { None }
 }
 
-/// A row of float32 logits and its mask where both stand, if that is all there is to be done to them. Of float64 a block is copied as quickly, beside
-/// what computing it takes.
+/// A row of float32 logits and its mask where both stand, if that is all there is to be done to them. For float64 the loops would be as much code again:
+/// it is copied block by block.
 pub(super) fn adjacent_masked<'a, T: Work>(job: &Job<'a>, row: usize) -> Option<Raw<'a, T>> {
     let n = job.classes.size;
     if job.bend.softcap.is_some() || T::DTYPE != DType::F32 {
