@@ -1,14 +1,14 @@
 //! What softcap and mask do to runs of logits and gradients.
 
 use crate::array::{Element, Flags, Span, SpanMut, Vf};
-use crate::simd::{Isa, Kernel, Vector};
+use crate::simd::{Isa, Kernel, Level, Vector};
 
-use super::math::{self, Real};
+use super::math::{Cap, Real};
 
 /// `cap·tanh(x/cap)` of a run, or the derivative 1 − tanh² there; or the one and the other in `slopes`, if there is room.
 pub struct Softcap<'a, T> {
-    /// Positive.
-    pub cap: f64,
+    /// How.
+    pub cap: Cap<T>,
     /// Whether the derivative is wanted.
     pub slope: bool,
     /// The logits.
@@ -24,12 +24,12 @@ impl<T: Real> Kernel for Softcap<'_, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         let (step, len) = (Vf::<S, T>::LANES, self.x.len());
-        let cap = math::Softcap::<Vf<S, T>>::new(isa, self.cap);
+        let cap = self.cap;
         let dst = self.dst.part(0, len);
         let slopes = (!self.slopes.is_empty()).then(|| SpanMut::of(self.slopes).part(0, len));
         for k in 0..len / step {
             isa.prefetch(self.x.address(len + k * step));
-            let (y, slope) = cap.both(self.x.nth(k, step).load(isa, 0));
+            let (y, slope) = cap.both::<Vf<S, T>>(isa, self.x.nth(k, step).load(isa, 0));
             dst.nth(k, step).store(isa, 0, if self.slope { slope } else { y });
             if let Some(slopes) = slopes {
                 slopes.nth(k, step).store(isa, 0, slope);
@@ -37,13 +37,25 @@ impl<T: Real> Kernel for Softcap<'_, T> {
         }
         let (i, left) = (len / step * step, len % step);
         if left > 0 {
-            let (y, slope) = cap.both(self.x.load_partial(isa, i, left, T::ZERO));
+            let (y, slope) = cap.both::<Vf<S, T>>(isa, self.x.load_partial(isa, i, left, T::ZERO));
             dst.store_partial(isa, i, left, if self.slope { slope } else { y });
             if let Some(slopes) = slopes {
                 slopes.store_partial(isa, i, left, slope);
             }
         }
     }
+}
+
+/// Capped logits and their slopes, apart from the caller.
+#[inline(never)]
+pub(super) fn cap<T: Real>(level: Level, cap: Cap<T>, x: Span<T>, dst: SpanMut<T>, slopes: &mut [T]) {
+    level.run(Softcap { cap, slope: false, x, dst, slopes });
+}
+
+/// Lane-wise product in place, apart from the caller.
+#[inline(never)]
+pub(super) fn multiply<T: Real>(level: Level, x: SpanMut<T>, by: Span<T>) {
+    level.run(Product { x: x.read(), by, dst: x });
 }
 
 /// A run with `to` for what is under False.

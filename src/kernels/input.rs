@@ -8,8 +8,8 @@ use crate::simd::{Isa, Vector};
 use super::math::Real;
 use super::rows::{BLOCK, block_max};
 
-/// Writes a block into the given elements, and what its exponentials are to be multiplied by where there is room.
-pub type Fill<'a, T> = dyn FnMut(usize, &mut [T], &mut [T]) + 'a;
+/// Writes a block into the given elements.
+pub type Fill<'a, T> = dyn FnMut(usize, &mut [T]) + 'a;
 
 /// A row of logits or of a dense target stream, read block by block.
 pub enum Input<'a, T> {
@@ -28,8 +28,6 @@ pub enum Input<'a, T> {
         fill: &'a mut Fill<'a, T>,
         /// Room for two blocks: one to be read, and the one after it.
         scratch: &'a mut [T],
-        /// The same for factors, if there are any.
-        slopes: &'a mut [T],
         /// Classes in the row.
         classes: usize,
         /// Where the row stands that blocks are made of, and bytes per class there; or any address.
@@ -355,16 +353,16 @@ impl<'a, T: Real> Input<'a, T> {
         Self::Row { row, after: Span::of(&[]) }
     }
 
-    /// Block `index`, the block that will be asked for next, of this row or another (empty when it cannot be read yet), and the factors of block
-    /// `index`, if there are any. Blocks are asked for in ascending order.
+    /// Block `index`, and the block that will be asked for next, of this row or another (empty when it cannot be read yet). Blocks are asked for
+    /// in ascending order.
     #[inline(always)]
-    pub(super) fn block<S: Isa>(&mut self, isa: S, index: usize, known: &mut Known<T>) -> (Span<'_, T>, Ahead<'_, T>, Span<'_, T>) {
+    pub(super) fn block<S: Isa>(&mut self, isa: S, index: usize, known: &mut Known<T>) -> (Span<'_, T>, Ahead<'_, T>) {
         let none = Span::of(&[]);
         match self {
-            Self::None => (none, Ahead::of(none), none),
+            Self::None => (none, Ahead::of(none)),
             Self::Row { row, after } => {
                 let next = if (index + 1) * BLOCK < row.len() { block_of(*row, index + 1) } else { block_of(*after, 0) };
-                (block_of(*row, index), Ahead::of(next), none)
+                (block_of(*row, index), Ahead::of(next))
             }
             Self::Raw { row, after, scratch } => {
                 let of = |row: Raw<'a, T>, index: usize| row.part(index * BLOCK, BLOCK.min(row.len() - index * BLOCK));
@@ -381,29 +379,24 @@ impl<'a, T: Real> Input<'a, T> {
                     Some(next) => Ahead::raw(next, SpanMut::of(&mut other[..next.len()])),
                     None => Ahead::of(Span::of(&[])),
                 };
-                (this.read(), ahead, none)
+                (this.read(), ahead)
             }
-            Self::Made { fill, scratch, slopes, classes, from } => {
+            Self::Made { fill, scratch, classes, from } => {
                 let len = |index: usize| BLOCK.min(classes.saturating_sub(index * BLOCK));
-                let at = if slopes.is_empty() { 0 } else { APART };
                 let (mut this, mut other) = scratch.split_at_mut(APART);
-                let (mut slope, mut slope_after) = slopes.split_at_mut(at);
                 if !index.is_multiple_of(2) {
                     (this, other) = (other, this);
-                    (slope, slope_after) = (slope_after, slope);
                 }
-                let room = |n: usize| if at == 0 { 0 } else { n };
                 if index == 0 {
-                    fill(0, &mut this[..len(0)], &mut slope[..room(len(0))]);
+                    fill(0, &mut this[..len(0)]);
                 }
                 let next = &mut other[..len(index + 1)];
                 if !next.is_empty() {
-                    let n = room(next.len());
-                    fill(index + 1, next, &mut slope_after[..n]);
+                    fill(index + 1, next);
                 }
                 let later = from.0.wrapping_add((index + 2) * BLOCK * from.1);
                 let next = Next { from: Here(Span::of(next)), to: SpanMut::of(&mut []), later, flags: core::ptr::null() };
-                (Span::of(&this[..len(index)]), Ahead::Here(next), Span::of(&slope[..room(len(index))]))
+                (Span::of(&this[..len(index)]), Ahead::Here(next))
             }
         }
     }

@@ -63,6 +63,8 @@ pub trait Real: Float {
     const LN2: [Self; 2];
     /// `tanh(x)/x = 1 + z·(c0 + c1·z + …)`, z = x², for |x| up to [`TANH_NEAR`].
     const TANH: &'static [Self];
+    /// Between these c^−24 (f32: c^−10) and its multiples are normal numbers, and so are the squares of what is near.
+    const CAPS: [f64; 2];
     /// `(2·atanh(s) − 2s)/s = z·(c0 + c1·z + …)`, z = s², for (1+s)/(1−s) in [sqrt(1/2), sqrt(2)].
     const LOG: &'static [Self];
 }
@@ -106,6 +108,7 @@ impl Real for f32 {
     const LN2: [f32; 2] = [0.693_147_2, -1.904_654_2e-9];
     // Error 2^-27.6.
     const TANH: &'static [f32] = &[-0.333_332_93, 0.133_316_55, -0.053_753_957, 0.020_678_341, -0.005_743_253];
+    const CAPS: [f64; 2] = [1e-3, 1e3];
     // Error 2^-30.2.
     const LOG: &'static [f32] = &[0.666_667_76, 0.399_775_74, 0.298_712_34];
 }
@@ -201,6 +204,7 @@ impl Real for f64 {
         -3.034_180_559_139_204_6e-5,
         6.111_288_722_059_58e-6,
     ];
+    const CAPS: [f64; 2] = [1e-12, 1e12];
     // Error 2^-59.0.
     const LOG: &'static [f64] = &[
         0.666_666_666_666_671,
@@ -506,69 +510,95 @@ where
     tanh_sech2(isa, x).0
 }
 
-/// `tanh(x)` and its derivative `1 − tanh²(x)`, see [`Softcap::both`].
+/// `tanh(x)` and its derivative `1 − tanh²(x)`, see [`Cap::both`].
 #[inline(always)]
 pub fn tanh_sech2<V: Vector>(isa: V::Isa, x: V) -> (V, V)
 where
     V::Elem: Real,
 {
-    Softcap::new(isa, 1.0).both(x)
+    Cap::new(1.0).both(isa, x)
 }
 
 /// Up to here `tanh` is a polynomial, a third of the work.
 const TANH_NEAR: f64 = 0.625;
 
+/// Terms of the longest [`Real::TANH`].
+const TANH_TERMS: usize = 12;
+
 /// `c·tanh(x/c)` for one positive c that the type holds.
-#[derive(Clone, Copy)]
-pub struct Softcap<V: Vector> {
-    isa: V::Isa,
-    c: V,
-    inverse: V,
-    near: V,
+#[derive(Clone, Copy, Debug)]
+pub struct Cap<T> {
+    c: T,
+    near: T,
+    /// c^−2.
+    inverse2: T,
+    /// [`Real::TANH`] in powers of x² instead of (x/c)².
+    terms: [T; TANH_TERMS],
 }
 
-impl<V: Vector> Softcap<V>
-where
-    V::Elem: Real,
-{
+impl<T: Real> Cap<T> {
     /// With c = `cap`.
-    #[inline(always)]
-    pub fn new(isa: V::Isa, cap: f64) -> Self {
-        let splat = |x: f64| V::splat(isa, V::Elem::from_f64(x));
-        let inverse = 1.0 / V::Elem::from_f64(cap).to_f64();
-        // Without an inverse nothing is near, not even 0.
-        Self { isa, c: splat(cap), inverse: splat(inverse), near: splat(if inverse.is_finite() { cap * TANH_NEAR } else { -1.0 }) }
+    pub fn new(cap: f64) -> Self {
+        let c = T::from_f64(cap).to_f64();
+        let inverse2 = 1.0 / (c * c);
+        let mut terms = [T::ZERO; TANH_TERMS];
+        let mut factor = 1.0;
+        for (term, of) in terms.iter_mut().zip(T::TANH) {
+            factor *= inverse2;
+            *term = T::from_f64(of.to_f64() * factor);
+        }
+        // Where a power of c or x has no normal number nothing is near, not even 0.
+        let [least, most] = T::CAPS;
+        let near = if (least..=most).contains(&c) { cap * TANH_NEAR } else { -1.0 };
+        Self { c: T::from_f64(cap), near: T::from_f64(near), inverse2: T::from_f64(inverse2), terms }
     }
 
     /// The value, and its derivative `1 − tanh²(x/c)`, which keeps its digits where tanh is near ±1.
     ///
-    /// Up to [`TANH_NEAR`]·c it is x·tanh(t)/t, t = x/c, so that the rounding of t hardly counts. Beyond, with u = exp(−2|t|):
+    /// Up to [`TANH_NEAR`]·c it is x·tanh(t)/t, t = x/c, where t is never rounded. Beyond, with u = exp(−2|t|):
     /// `tanh|t| = (1 − u)/(1 + u)` and `1 − tanh² = 4u/(1 + u)²`, where 1 − u and 1 + u are carried in two parts. Which of the two a lane
     /// gets depends on itself alone.
     #[inline(always)]
-    pub fn both(self, x: V) -> (V, V) {
-        if apart::<V>() { self.both_apart(x) } else { self.both_here(x) }
-    }
-
-    #[inline(never)]
-    fn both_apart(self, x: V) -> (V, V) {
-        self.both_here(x)
-    }
-
-    #[inline(always)]
-    fn both_here(self, x: V) -> (V, V) {
-        let one = V::splat(self.isa, V::Elem::ONE);
-        let t = x * self.inverse;
-        let z = t * t;
-        let y = x * z.mul_add(polynomial(self.isa, V::Elem::TANH, z), one);
-        let t = y * self.inverse;
-        let slope = t.neg_mul_add(t, one);
-        let far = self.near.lt(x.abs());
+    pub fn both<V: Vector<Elem = T>>(self, isa: V::Isa, x: V) -> (V, V) {
+        let [near] = self.near(isa, [x]);
+        let far = V::splat(isa, self.near).lt(x.abs());
         if !far.any() {
-            return (y, slope);
+            return near;
         }
-        let (far_t, far_slope) = tanh_sech2_far(self.isa, x / self.c);
-        (V::select(far, far_t * self.c, y), V::select(far, far_slope, slope))
+        let c = V::splat(isa, self.c);
+        let (t, slope) = tanh_sech2_far(isa, x / c);
+        (V::select(far, t * c, near.0), V::select(far, slope, near.1))
+    }
+
+    /// Whether numbers from `−depth` to `top` are all near enough to 0 for [`Cap::near`].
+    #[inline(always)]
+    pub fn is_near(self, depth: T, top: T) -> bool {
+        depth <= self.near && top <= self.near
+    }
+
+    /// [`Cap::both`] of what is near 0. In step, as one is a long chain.
+    #[inline(always)]
+    pub fn near<V: Vector<Elem = T>, const N: usize>(self, isa: V::Isa, x: [V; N]) -> [(V, V); N] {
+        let (one, inverse2) = (V::splat(isa, T::ONE), V::splat(isa, self.inverse2));
+        let mut i = T::TANH.len() - 1;
+        let mut z = x;
+        for z in &mut z {
+            *z = *z * *z;
+        }
+        let mut sum = [V::splat(isa, self.terms[i]); N];
+        while i > 0 {
+            i -= 1;
+            let term = V::splat(isa, self.terms[i]);
+            for (sum, z) in sum.iter_mut().zip(z) {
+                *sum = sum.mul_add(z, term);
+            }
+        }
+        let mut both = [(one, one); N];
+        for ((both, x), (sum, z)) in both.iter_mut().zip(x).zip(sum.into_iter().zip(z)) {
+            let y = x * z.mul_add(sum, one);
+            *both = (y, (y * y).neg_mul_add(inverse2, one));
+        }
+        both
     }
 }
 

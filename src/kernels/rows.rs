@@ -7,8 +7,9 @@
 use crate::array::{DType, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
+use super::bend;
 use super::input::{Ahead, Input, Known, Making, Next};
-use super::math::{Anchored, Exp, Real};
+use super::math::{Anchored, Cap, Exp, Real};
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: large enough to hide the work between blocks, small enough for two to stay in L1.
@@ -79,6 +80,24 @@ pub(super) fn block_max<S: Isa, T: Real>(isa: S, x: Span<T>) -> Vf<S, T> {
     max[0].max(max[1]).max(max[2].max(max[3]))
 }
 
+/// How far below 0 the least of a block is.
+#[inline(always)]
+fn block_depth<S: Isa, T: Real>(isa: S, x: Span<T>) -> T {
+    let step = Vf::<S, T>::LANES;
+    let mut min = [splat::<S, T>(isa, f64::INFINITY); 2];
+    for k in 0..x.len() / (2 * step) {
+        let part = x.nth(k, 2 * step);
+        min = [part.load(isa, 0).min(min[0]), part.load(isa, step).min(min[1])];
+    }
+    let mut i = x.len() / (2 * step) * (2 * step);
+    while i < x.len() {
+        let n = step.min(x.len() - i);
+        min[0] = x.load_partial(isa, i, n, x.get(i)).min(min[0]);
+        i += n;
+    }
+    (-min[0].min(min[1])).reduce_max()
+}
+
 /// Says where the first class equal to `top` is and sums the targets of all that are.
 #[inline(always)]
 fn find_top<S: Isa, T: Real>(isa: S, x: Span<T>, t: Span<T>, top: Vf<S, T>) -> (usize, Pair) {
@@ -109,6 +128,8 @@ struct Sums<V> {
     t_rest: V,
     ties: usize,
     next: V,
+    /// The least of the next block, where logits are capped.
+    low: V,
 }
 
 /// What a block adds to the sums, in the lanes of one accumulator.
@@ -162,23 +183,19 @@ fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
     below.bits()
 }
 
-/// What a loop keeps of exponentials: nothing, all of them, or their products with the factors of the block.
-const NOTHING: u8 = 0;
-const ALL: u8 = 1;
-const BENT: u8 = 2;
-
 /// Classes of one block: the sums of their exponentials, and in the same loop the maximum of as many classes of the block after it.
 ///
-/// TOP: the running maximum is among them (or LIN, a dense stream, which needs to know of each whether it is), or off the grid of the
-/// integer reduction: then x − b first, which is exact or dwarfed by x's own spacing, and x itself where b is 0.
+/// CAP: they are capped first, and the exponentials that are kept are multiplied by the slopes. TOP: the running maximum is among them (or LIN, a
+/// dense stream, which needs to know of each whether it is), or off the grid of the integer reduction: then x − b first, which is exact or dwarfed
+/// by x's own spacing, and x itself where b is 0.
 #[inline(always)]
-fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: u8, const TOP: bool>(
+fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const CAP: bool, const TOP: bool>(
     isa: S,
     at: &Lanes<Vf<S, T>>,
     x: Span<T>,
     next: Next<T, M>,
     t: Span<T>,
-    slopes: Span<T>,
+    cap: Cap<T>,
     dst: SpanMut<T>,
 ) -> Sums<Vf<S, T>> {
     let step = Vf::<S, T>::LANES;
@@ -186,31 +203,43 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: u8, const TO
     // Where registers are few, two accumulators: the constants need them more.
     let own = if S::REGISTERS < 32 { 1 } else { 3 };
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
+    let mut low = [splat::<S, T>(isa, f64::INFINITY); 2];
     let mut parts = [Part { rest: zero, lin: zero, t_rest: zero }; 4];
     let mut total = parts[0];
     let mut ties = 0;
     let (len, group) = (x.len(), 4 * step);
     // Of one length, known to the compiler: no check is left in the loop.
     let next = next.part(0, len);
-    let (t, dst) = (if LIN { t.part(0, len) } else { t }, if KEEP == NOTHING { dst } else { dst.part(0, len) });
-    let slopes = if KEEP == BENT { slopes.part(0, len) } else { slopes };
+    let (t, dst) = (if LIN { t.part(0, len) } else { t }, if KEEP { dst.part(0, len) } else { dst });
     let mut k = 0;
     while k < len / group {
         let end = (len / group).min(k + chain::<S, T>() / group);
         while k < end {
             let (x, next) = (x.nth(k, group), next.nth(k, group));
-            let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if KEEP == NOTHING { dst } else { dst.nth(k, group) });
-            let slopes = if KEEP == BENT { slopes.nth(k, group) } else { slopes };
+            let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if KEEP { dst.nth(k, group) } else { dst });
+            let mut bent = [(zero, zero); 4];
+            if CAP {
+                bent = cap.near(isa, [x.load(isa, 0), x.load(isa, step), x.load(isa, 2 * step), x.load(isa, 3 * step)]);
+            }
             for u in 0..4 {
                 next.ask(isa, u * step);
                 // In this order a NaN is passed over; it comes back through the sum.
-                max[u & own] = next.load(isa, u * step).max(max[u & own]);
-                let v = x.load(isa, u * step);
+                let ahead = next.load(isa, u * step);
+                max[u & own] = ahead.max(max[u & own]);
+                if CAP {
+                    low[u & 1] = ahead.min(low[u & 1]);
+                }
+                let (v, slope) = if CAP { bent[u] } else { (x.load(isa, u * step), zero) };
                 let e = at.at.parts(if TOP { v - at.b } else { v });
-                match KEEP {
-                    NOTHING => {}
-                    BENT => dst.store(isa, u * step, e.0 * e.1 * slopes.load(isa, u * step)),
-                    _ => dst.store(isa, u * step, e.0 * e.1),
+                if KEEP && CAP && !TOP {
+                    // Such a loop waits for multiplications, and has one less this way.
+                    let e = e.0 * e.1;
+                    dst.store(isa, u * step, e * slope);
+                    parts[u & own].rest = parts[u & own].rest + e;
+                    continue;
+                }
+                if KEEP {
+                    dst.store(isa, u * step, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
                 }
                 let w = if LIN { t.load(isa, u * step) } else { zero };
                 let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u & own]);
@@ -225,13 +254,21 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: u8, const TO
     let mut i = k * group;
     while i < len {
         let n = step.min(len - i);
-        max[0] = next.load_partial(isa, i, n).max(max[0]);
-        let v = x.load_partial(isa, i, n, T::NEG_INF);
+        let ahead = next.load_partial(isa, i, n);
+        max[0] = ahead.max(max[0]);
+        let mut v = x.load_partial(isa, i, n, T::NEG_INF);
+        let mut slope = zero;
+        if CAP {
+            // Nothing stays where nothing is: where two ways to fill up differ.
+            let (lowest, x0) = (Vf::<S, T>::splat(isa, T::NEG_INF), x.load_partial(isa, i, n, T::ZERO));
+            let beyond = v.eq(lowest).and(x0.eq(zero));
+            low[0] = Vf::<S, T>::select(beyond, low[0], ahead.min(low[0]));
+            [(v, slope)] = cap.near(isa, [x0]);
+            v = Vf::<S, T>::select(beyond, lowest, v);
+        }
         let e = at.at.parts(if TOP { v - at.b } else { v });
-        match KEEP {
-            NOTHING => {}
-            BENT => dst.store_partial(isa, i, n, e.0 * e.1 * slopes.load_partial(isa, i, n, T::ZERO)),
-            _ => dst.store_partial(isa, i, n, e.0 * e.1),
+        if KEEP {
+            dst.store_partial(isa, i, n, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
         }
         let w = if LIN { t.load_partial(isa, i, n, T::ZERO) } else { zero };
         let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[0]);
@@ -241,7 +278,7 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: u8, const TO
         i += n;
     }
     let Part { rest, lin, t_rest } = total.with(isa, &mut parts);
-    Sums { rest, lin, t_rest, ties, next: max[0].max(max[1]).max(max[2].max(max[3])) }
+    Sums { rest, lin, t_rest, ties, next: max[0].max(max[1]).max(max[2].max(max[3])), low: low[0].min(low[1]) }
 }
 
 /// Classes whose logits are to be told: when their block is read, because before that they are cold, and after that they may be gone.
@@ -277,7 +314,7 @@ pub struct Reduce<'a, T> {
     pub x: Input<'a, T>,
     /// The dense target stream.
     pub t: Input<'a, T>,
-    /// Where e = exp(x − b)·2^−k goes, if anywhere, times the factor that comes with x, if one does; may be the row itself.
+    /// Where e = exp(x − b)·2^−k goes, if anywhere; may be the row itself.
     pub dst: Option<SpanMut<'a, T>>,
     /// The reference of block i at i, as far as there is room.
     pub references: &'a mut [Reference],
@@ -291,15 +328,43 @@ impl<T: Summand> Kernel for Reduce<'_, T> {
     type Output = State;
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> State {
-        reduce(isa, self)
+        reduce::<S, T, false>(isa, self, Cap::new(1.0), &mut [])
     }
 }
 
+/// The same of logits that are capped first, without a dense stream: a kernel of its own, so that the loops of the other keep their registers. What
+/// is stored is multiplied by the slopes. Not for the portable level.
+pub struct ReduceCapped<'a, T> {
+    /// The row as it stands.
+    pub row: Reduce<'a, T>,
+    /// What becomes of its logits.
+    pub cap: Cap<T>,
+    /// Room for two blocks.
+    pub bent: &'a mut [T],
+}
+
+impl<T: Summand> Kernel for ReduceCapped<'_, T> {
+    type Output = State;
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> State {
+        assert!(S::LEVEL != Level::Scalar, "blocks are capped before they come here");
+        reduce::<S, T, true>(isa, self.row, self.cap, self.bent)
+    }
+}
+
+/// One logit, with the bits that vectors give it.
 #[inline(always)]
-fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
+fn capped<T: Real>(cap: Cap<T>, x: T) -> T {
+    let mut y = [x];
+    SpanMut::of(&mut y).store(Scalar, 0, cap.both::<Vf<Scalar, T>>(Scalar, Vf::<Scalar, T>::splat(Scalar, x)).0);
+    y[0]
+}
+
+#[inline(always)]
+fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<T>, bent: &mut [T]) -> State {
     let Reduce { scale, classes, mut x, mut t, dst, references, known, wanted } = job;
     let setup = &Setup::<S, T>::new(isa, scale);
-    let (lin, store) = (!matches!(t, Input::None), dst.is_some());
+    let (lin, store) = (!CAP && !matches!(t, Input::None), dst.is_some());
     let dst = dst.unwrap_or(SpanMut::of(&mut []));
     let mut max = T::NEG_INF;
     let mut reference = Reference::of(max, &setup.exp1, setup.scale);
@@ -307,14 +372,17 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
     let (mut ties, mut arg, mut t_top) = (0.0, 0, Pair::default());
     let (mut rest, mut spread, mut t_rest) = (Wide::zero(isa), Wide::zero(isa), Wide::zero(isa));
     let (mut rest_extra, mut spread_extra, mut t_extra) = (Pair::default(), Pair::default(), Pair::default());
+    // How far below 0 the least of the next block is, if known.
+    let mut depth = None;
     for index in 0..classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
-        let (block, next, slopes) = x.block(isa, index, known);
-        let dense = t.block(isa, index, &mut Known::default()).0;
+        let (block, next) = x.block(isa, index, known);
+        let dense = if CAP { Span::of(&[]) } else { t.block(isa, index, &mut Known::default()).0 };
         let candidate = match known.top.take() {
             Some(top) => top,
             None => block_max(isa, block).reduce_max(),
         };
+        let (raw, candidate) = (candidate, if CAP { capped(cap, candidate) } else { candidate });
         let tops = max <= candidate;
         if candidate > max {
             let moved = Reference::of(candidate, &setup.exp1, setup.scale);
@@ -349,7 +417,8 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
         }
         for (&class, logit) in wanted.classes.iter().zip(wanted.logits.iter_mut()) {
             if (start..start + block.len()).contains(&class) {
-                *logit = block.get(class - start).to_f64();
+                let x = block.get(class - start);
+                *logit = if CAP { capped(cap, x) } else { x }.to_f64();
             }
         }
         let far = reference.b != 0.0 || max >= T::MAX;
@@ -359,50 +428,73 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
             t_top.merge(weight);
         }
         let stretch = stretch::<S, T>();
-        let keep = match (store, slopes.is_empty()) {
-            (false, _) => NOTHING,
-            (true, true) => ALL,
-            (true, false) => BENT,
-        };
         let mut from = 0;
         let single = T::DTYPE == DType::F32;
         let rare = far || tops || lin || S::LEVEL == Level::Scalar;
         // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and make it in the usual case only.
-        let fused = next.block().len() >= block.len() && !(rare && next.is_made());
+        let fused = next.block().len() >= block.len() && !((rare || CAP) && next.is_made());
         let (ahead, seen) = if fused { (next, block.len()) } else { (Ahead::Here(next.instead(block)), 0) };
-        let mut top = Vf::<S, T>::splat(isa, T::NEG_INF);
+        let (mut top, mut lowest) = (Vf::<S, T>::splat(isa, T::NEG_INF), splat::<S, T>(isa, f64::INFINITY));
+        // Capped in the loop if all of it is near 0, as most is; otherwise before it.
+        let mut near = CAP && !far && (store || !tops);
+        if near {
+            let depth = if let Some(depth) = depth { depth } else { block_depth(isa, block) };
+            near = cap.is_near(depth, raw);
+        }
+        let (mut block, mut factors) = (block, Span::of(&[]));
+        if CAP && !near {
+            let (y, slopes) = bent.split_at_mut(BLOCK);
+            let (y, slopes) = (SpanMut::of(&mut y[..block.len()]), &mut slopes[..block.len()]);
+            bend::cap(S::LEVEL, cap, block, y, slopes);
+            (block, factors) = (y.read(), Span::of(slopes));
+        }
         while from < block.len() {
             let n = stretch.min(block.len() - from);
             let x = block.part(from, n);
             let t = if lin { dense.part(from, n) } else { dense };
             let to = if store { dst.part(start + from, n) } else { dst };
-            let bent = if keep == BENT { slopes.part(from, n) } else { slopes };
-            let sums = match (ahead, keep) {
-                (Ahead::Here(next), NOTHING) if lin => pass::<S, T, _, true, NOTHING, true>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Here(next), ALL) if lin => pass::<S, T, _, true, ALL, true>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Here(next), NOTHING) if rare => pass::<S, T, _, false, NOTHING, true>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Here(next), ALL) if rare => pass::<S, T, _, false, ALL, true>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Here(next), BENT) if rare && !lin => {
-                    pass::<S, T, _, false, BENT, true>(isa, &at, x, next.part(from, n), t, bent, to)
+            let sums = match (ahead, store) {
+                (Ahead::Here(next), false) if lin => pass::<S, T, _, true, false, false, true>(isa, &at, x, next.part(from, n), t, cap, to),
+                (Ahead::Here(next), true) if lin => pass::<S, T, _, true, true, false, true>(isa, &at, x, next.part(from, n), t, cap, to),
+                (Ahead::Here(next), true) if CAP && near && tops => {
+                    pass::<S, T, _, false, true, true, true>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::Here(next), NOTHING) => pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Here(next), ALL) => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Here(next), BENT) if !lin => pass::<S, T, _, false, BENT, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::F16(next), NOTHING) if single => {
-                    pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to)
+                (Ahead::Here(next), false) if CAP && near => {
+                    pass::<S, T, _, false, false, true, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::F16(next), ALL) if single => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Bf16(next), NOTHING) if single => {
-                    pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to)
+                (Ahead::Here(next), true) if CAP && near => {
+                    pass::<S, T, _, false, true, true, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::Bf16(next), ALL) if single => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                (Ahead::Masked(next), NOTHING) if single => {
-                    pass::<S, T, _, false, NOTHING, false>(isa, &at, x, next.part(from, n), t, bent, to)
+                (Ahead::Here(next), false) if rare => {
+                    pass::<S, T, _, false, false, false, true>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::Masked(next), ALL) if single => pass::<S, T, _, false, ALL, false>(isa, &at, x, next.part(from, n), t, bent, to),
-                _ => unreachable!("only blocks of float32 are made here, and gradients with a dense stream bent afterwards"),
+                (Ahead::Here(next), true) if rare => pass::<S, T, _, false, true, false, true>(isa, &at, x, next.part(from, n), t, cap, to),
+                (Ahead::Here(next), false) => pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to),
+                (Ahead::Here(next), true) => pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to),
+                (Ahead::F16(next), false) if single && !CAP => {
+                    pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::F16(next), true) if single && !CAP => {
+                    pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Bf16(next), false) if single && !CAP => {
+                    pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Bf16(next), true) if single && !CAP => {
+                    pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Masked(next), false) if single && !CAP => {
+                    pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Masked(next), true) if single && !CAP => {
+                    pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                _ => unreachable!("only blocks of float32 are made here"),
             };
             top = sums.next.max(top);
+            if CAP && near {
+                lowest = sums.low.min(lowest);
+            }
             ties += sums.ties as f64;
             T::add(isa, &mut rest, sums.rest);
             if lin {
@@ -414,6 +506,11 @@ fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>) -> State {
         let left = next.max(isa, seen);
         let top = if fused { left.max(top) } else { left };
         known.top = (!next.block().is_empty()).then(|| top.reduce_max());
+        depth = (CAP && near && fused && next.block().len() == seen).then(|| (-lowest).reduce_max());
+        if CAP && store && !factors.is_empty() {
+            let dst = dst.part(start, factors.len());
+            bend::multiply(S::LEVEL, dst, factors);
+        }
     }
     rest_extra.merge(T::total(rest));
     if lin {

@@ -419,7 +419,8 @@ pub fn larger<S: Isa, T: Real>(isa: S, block: Span<T>, x: T) -> usize {
 pub struct Largest<T> {
     k: usize,
     room: usize,
-    found: Vec<(T, usize)>,
+    /// As float64: one sort for all types.
+    found: Vec<(f64, usize)>,
     /// The k-th largest, once there were k.
     threshold: Option<T>,
 }
@@ -457,7 +458,7 @@ impl<T: Float> Largest<T> {
             let mut bits = mask.bits() & (u64::MAX >> (64 - n));
             while bits != 0 {
                 let class = i + bits.trailing_zeros() as usize;
-                self.found.push((x.get(class), start + class));
+                self.found.push((x.get(class).to_f64(), start + class));
                 bits &= bits - 1;
             }
             if self.found.len() >= self.room {
@@ -469,25 +470,36 @@ impl<T: Float> Largest<T> {
 
     fn drop_others(&mut self) {
         if self.found.len() > self.k {
-            self.found.select_nth_unstable_by(self.k - 1, order);
-            self.found.truncate(self.k);
+            select(&mut self.found, self.k);
         }
         if self.found.len() == self.k {
-            self.threshold = self.found.iter().map(|&(x, _)| x).reduce(|a, b| if b < a { b } else { a });
+            self.threshold = self.found.iter().map(|&(x, _)| x).reduce(f64::min).map(T::from_f64);
         }
     }
 
     /// The largest classes and their logits in falling order, of equals the first class first. Fewer than k where classes are NaN.
-    pub fn finish(&mut self) -> &[(T, usize)] {
+    pub fn finish(&mut self) -> &[(f64, usize)] {
         if self.k > 0 {
             self.drop_others();
         }
-        self.found.sort_unstable_by(order);
+        sort(&mut self.found);
         &self.found
     }
 }
 
+/// Keeps the first k.
+#[inline(never)]
+fn select(found: &mut Vec<(f64, usize)>, k: usize) {
+    found.select_nth_unstable_by(k - 1, order);
+    found.truncate(k);
+}
+
+#[inline(never)]
+fn sort(found: &mut [(f64, usize)]) {
+    found.sort_unstable_by(order);
+}
+
 /// Falling, then by class: total, as no NaN is collected.
-fn order<T: Float>(a: &(T, usize), b: &(T, usize)) -> core::cmp::Ordering {
+fn order(a: &(f64, usize), b: &(f64, usize)) -> core::cmp::Ordering {
     b.0.partial_cmp(&a.0).unwrap_or(core::cmp::Ordering::Equal).then(a.1.cmp(&b.1))
 }

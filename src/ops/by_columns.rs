@@ -185,9 +185,10 @@ impl<E: Element<Acc = T>, T: Work> Blocks<T> for Operands<'_, '_, '_, E, T> {
         let strip = Strip::new(self.strip.job, &kept[from..kept.len().min(from + width)]);
         self.from = from;
         self.x(&strip, x, (first, count));
-        for &(class, j, slot) in self.by_class.part(first, count) {
+        for &(class, at) in self.by_class.part(first, count) {
+            let slot = at % WIDTH;
             if (from..from + width).contains(&slot) {
-                self.x_target[j * WIDTH + slot] = x[(class - first) * self.stride + slot - from].to_f64();
+                self.x_target[at] = x[(class - first) * self.stride + slot - from].to_f64();
             }
         }
         if strip.job.own_dense() {
@@ -196,19 +197,19 @@ impl<E: Element<Acc = T>, T: Work> Blocks<T> for Operands<'_, '_, '_, E, T> {
     }
 }
 
-/// The sparse targets of a strip in the order of their classes, as class, entry and slot: a block finds its own among them.
-struct ByClass(Vec<(usize, usize, usize)>);
+/// The sparse targets of a strip in the order of their classes, each with its place in a tile: a block finds its own among them.
+struct ByClass(Vec<(usize, usize)>);
 
 impl ByClass {
     fn new(strip: &Strip) -> Self {
         let mut all = Vec::with_capacity(strip.kept.len());
-        targets(strip, |slot, j, class| all.push((class, j, slot)));
+        targets(strip, |slot, j, class| all.push((class, j * WIDTH + slot)));
         all.sort_unstable();
         Self(all)
     }
 
     /// Those of `count` classes from `first` on.
-    fn part(&self, first: usize, count: usize) -> &[(usize, usize, usize)] {
+    fn part(&self, first: usize, count: usize) -> &[(usize, usize)] {
         let at = |class: usize| self.0.partition_point(|&(c, ..)| c < class);
         &self.0[at(first)..at(first + count)]
     }
@@ -560,10 +561,10 @@ fn patch<T: Work>(
     if !index.is_empty() {
         return index.iter().zip(&tile.patch).for_each(|(&at, &value)| x[at] = T::from_f64(value));
     }
-    let mut set = |class: usize, j: usize, slot: usize| x[(class - first) * stride + slot] = T::from_f64(tile.patch[j * WIDTH + slot]);
+    let mut set = |class: usize, at: usize| x[(class - first) * stride + at % WIDTH] = T::from_f64(tile.patch[at]);
     if count == strip.job.classes.size {
-        targets(strip, |slot, j, class| set(class, j, slot));
+        targets(strip, |slot, j, class| set(class, j * WIDTH + slot));
     } else {
-        by_class.part(first, count).iter().for_each(|&(class, j, slot)| set(class, j, slot));
+        by_class.part(first, count).iter().for_each(|&(class, at)| set(class, at));
     }
 }

@@ -9,7 +9,7 @@ use crate::kernels::columns;
 use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::input::{Input, Known, Raw, TWO_BLOCKS};
-use crate::kernels::rows::{BLOCK, Reduce, Wanted};
+use crate::kernels::rows::{BLOCK, Reduce, ReduceCapped, Wanted};
 use crate::kernels::short::{MOST_SHORT, Short};
 use crate::kernels::state::{Pair, Reference, State};
 use crate::simd::{Isa, Kernel};
@@ -18,7 +18,8 @@ use crate::tunables::tunables;
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
 use super::source::{
-    adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, target_slopes, unbend, unbend_patches,
+    self, adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, target_slopes, unbend, unbend_patches,
+    unbent,
 };
 use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
@@ -200,7 +201,8 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let terms = Terms { plain, ..job.terms };
     let mut way = Way::of::<E, T>(job);
     // What a softcap did to the logits goes into the exponentials, if the gradient is nothing but those.
-    let folds = job.bend.softcap.is_some() && way.store && !terms.dense && job.direct_out;
+    let cap = source::cap::<T>(job, job.out.is_none() || way.store && job.direct_out);
+    let folds = cap.is_some() && job.out.is_some();
     if folds {
         (way.at_once, way.in_result) = (true, E::DTYPE == T::DTYPE);
     }
@@ -209,8 +211,11 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         (way.store, way.in_result) = (false, false);
         way.at_once &= !folds;
     }
-    let folds = folds && way.store;
-    let Way { direct, store, in_result, at_once } = way;
+    let Way { store, in_result, at_once, .. } = way;
+    let cap = cap.filter(|_| store || !folds);
+    let folds = folds && store;
+    let there = job.direct || cap.is_some() && job.there;
+    let direct = there && E::DTYPE == T::DTYPE;
     let from = match job.kind {
         Kind::LogSoftmax => From::Logs,
         _ if store => From::Stored,
@@ -221,13 +226,13 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let (block, again) = room(block, 2 * BLOCK).split_at_mut(BLOCK);
     let exponentials = room(exponentials, if store && !in_result { n * classes } else { 0 });
     let capped = !folds && job.out.is_some() && job.bend.softcap.is_some() && classes * size_of::<T>() <= KEPT;
-    let slopes = room(slopes, if capped { n * classes } else { TWO_BLOCKS * usize::from(folds) });
+    let slopes = room(slopes, if capped { n * classes } else { 2 * BLOCK * usize::from(cap.is_some()) });
     let (shared, own) = (&shared[..], job.own_dense());
     let spreads: Vec<f64> = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
     references.resize(references.len().max(blocks * n), Reference { k: 0.0, b: 0.0 });
     let line = |row: usize| job.x.span::<T>(job.rows.offset(X, row), classes);
     let raw = |row: usize| match job.bend.mask {
-        None if job.direct => job.x.half(job.rows.offset(X, row), classes).map(Raw::Half),
+        None if there => job.x.half(job.rows.offset(X, row), classes).map(Raw::Half),
         None => None,
         Some(_) => adjacent_masked(job, row),
     };
@@ -243,17 +248,16 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
     let mut slopes_at = Vec::new();
     for (slot, &row) in kept.iter().enumerate() {
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
-        let (own_slopes, folded) = match (capped, folds) {
-            (true, _) => (&mut slopes[slot * classes..][..classes], &mut [][..]),
-            (false, true) => (&mut [][..], &mut slopes[..]),
-            _ => (&mut [][..], &mut [][..]),
-        };
-        let mut fill = |index: usize, dst: &mut [T], folded: &mut [T]| {
+        let (own_slopes, bent) =
+            if capped { (&mut slopes[slot * classes..][..classes], &mut [][..]) } else { (&mut [][..], &mut slopes[..]) };
+        let mut fill = |index: usize, dst: &mut [T]| {
             let start = index * BLOCK;
-            let slopes = if folds { folded } else { own_slopes.get_mut(start..start + dst.len()).unwrap_or_default() };
-            logits_and_slopes(job, row, start, dst, slopes);
+            if cap.is_some() {
+                return unbent(job, row, start, dst);
+            }
+            logits_and_slopes(job, row, start, dst, own_slopes.get_mut(start..start + dst.len()).unwrap_or_default());
         };
-        let mut fill_dense = |index: usize, dst: &mut [T], _: &mut [T]| dense_row(job, row, spread, index * BLOCK, dst);
+        let mut fill_dense = |index: usize, dst: &mut [T]| dense_row(job, row, spread, index * BLOCK, dst);
         let x = if direct {
             let after = kept.get(slot + 1).copied().or(next).map_or(Span::of(&[]), line);
             Input::Row { row: line(row), after }
@@ -261,14 +265,14 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             Input::Raw { row: this, after: kept.get(slot + 1).copied().or(next).and_then(raw), scratch: copy }
         } else {
             let from = if job.lines { job.x.address(job.rows.offset(X, row)) } else { copy.as_ptr().cast() };
-            Input::Made { fill: &mut fill, scratch: copy, slopes: folded, classes, from: (from, job.x.dtype().size()) }
+            Input::Made { fill: &mut fill, scratch: copy, classes, from: (from, job.x.dtype().size()) }
         };
         let t = match (terms.dense && job.kind == Kind::Loss, own) {
             (false, _) => Input::None,
             (true, false) => Input::row(Span::of(&shared[..classes])),
             (true, true) => {
                 let from = (dense.as_ptr().cast(), 0);
-                Input::Made { fill: &mut fill_dense, scratch: dense, slopes: &mut [], classes, from }
+                Input::Made { fill: &mut fill_dense, scratch: dense, classes, from }
             }
         };
         // The logits of one or two targets are read with their blocks.
@@ -277,7 +281,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             for (j, class, _) in labels.row(row) {
                 if labels.entries <= 2 {
                     (classes_of[j], entries) = (class, j + 1);
-                } else if direct {
+                } else if direct && cap.is_none() {
                     tile.x_target[j * WIDTH + slot] = line(row).get(class).to_f64();
                 } else {
                     tile.x_target[j * WIDTH + slot] = logit::<T>(job, row, class);
@@ -289,7 +293,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         }
         let mut target_logits = [0.0; 2];
         let wanted = Wanted { classes: &classes_of[..entries], logits: &mut target_logits };
-        let state = level.run(Reduce {
+        let reduce = Reduce {
             scale,
             classes,
             x,
@@ -298,7 +302,11 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             references: &mut references[slot * blocks..][..blocks],
             known,
             wanted,
-        });
+        };
+        let state = match cap {
+            Some(cap) if single => level.run(ReduceCapped { row: reduce, cap, bent }),
+            _ => level.run(reduce),
+        };
         put(tile, slot, &state);
         for (j, logit) in target_logits[..entries].iter().enumerate() {
             tile.x_target[j * WIDTH + slot] = *logit;

@@ -73,9 +73,10 @@ pub(super) struct Job<'a> {
     pub(super) rows: Axes,
     /// Whether vectors run along the classes: [`super::by_rows`], or [`super::by_columns`].
     pub(super) by_rows: bool,
-    /// Whether rows of logits can be read where they stand, and of results be written there; `lines` if they at least are runs of elements, forwards or
-    /// backwards.
+    /// Whether rows of logits can be read where they stand, and of results be written there; `there` if they must be bent, but otherwise could; `lines`
+    /// if they at least are runs of elements, forwards or backwards.
     pub(super) direct: bool,
+    pub(super) there: bool,
     pub(super) lines: bool,
     pub(super) direct_out: bool,
     /// How tiles are filled and emptied.
@@ -170,7 +171,8 @@ impl<'a> Job<'a> {
         let most = if exotic { columns::BLOCK } else { columns::MOST };
         let by_rows = own.size > most && (exotic || own.inner_stride(0).abs() == size);
         let adjacent = |array: &Array, operand| path(array, operand, &classes, &rows) == Path::Rows;
-        let direct = !bend.is_some() && adjacent(x, X);
+        let there = adjacent(x, X);
+        let direct = there && !bend.is_some();
         let lines = x.is_plain() && classes.is_line() && (classes.size == 1 || classes.inner_stride(X).abs() == size);
         let direct_out = out.is_some_and(|out| adjacent(out.array(), OUT));
         let tile_path = |array: &Array, operand| tile_path(array, operand, &classes, &rows);
@@ -204,6 +206,7 @@ impl<'a> Job<'a> {
             classes,
             rows,
             by_rows,
+            there,
             direct,
             lines,
             direct_out,

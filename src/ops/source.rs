@@ -6,6 +6,7 @@ use crate::kernels::bend::{Mask, Product, Softcap};
 use crate::kernels::columns;
 use crate::kernels::finish::{Tile, WIDTH};
 use crate::kernels::input::{Masked, Raw};
+use crate::kernels::math::Cap;
 use crate::kernels::rows;
 use crate::simd::{Isa, Kernel, Level, Vector};
 
@@ -31,16 +32,23 @@ impl Bend<'_> {
 pub(super) fn softcap<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T]) {
     if keeps_its_digits::<T>(cap) {
         let dst = SpanMut::of(x);
-        return level.run(Softcap { cap, slope, x: dst.read(), dst, slopes: &mut [] });
+        return level.run(Softcap { cap: Cap::new(cap), slope, x: dst.read(), dst, slopes: &mut [] });
     }
     let mut wide = [0.0_f64; rows::BLOCK];
     for x in x.chunks_mut(rows::BLOCK) {
         let wide = &mut wide[..x.len()];
         wide.iter_mut().zip(x.iter()).for_each(|(wide, x)| *wide = x.to_f64());
         let dst = SpanMut::of(&mut *wide);
-        level.run(Softcap { cap, slope, x: dst.read(), dst, slopes: &mut [] });
+        level.run(Softcap { cap: Cap::new(cap), slope, x: dst.read(), dst, slopes: &mut [] });
         x.iter_mut().zip(wide.iter()).for_each(|(x, &wide)| *x = T::from_f64(wide));
     }
+}
+
+/// The softcap, if the loops over long rows can do it themselves: of float32, where it is all there is to be done and the exponentials are `kept`, if
+/// there is a gradient.
+pub(super) fn cap<T: Work>(job: &Job, kept: bool) -> Option<Cap<T>> {
+    let fits = T::DTYPE == DType::F32 && job.level != Level::Scalar && kept && job.bend.mask.is_none() && !job.terms.dense;
+    job.bend.softcap.filter(|&cap| fits && keeps_its_digits::<T>(cap)).map(Cap::new)
 }
 
 /// A run of adjacent elements, forwards or backwards, widened.
@@ -110,7 +118,7 @@ pub(super) fn multiply<T: Work>(level: Level, x: &mut [T], by: &[T]) {
 }
 
 /// Reads classes `start..` of a row of logits into scratch, as they are.
-fn unbent<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
+pub(super) fn unbent<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
     let base = job.rows.offset(X, row);
     if job.lines && !dst.is_empty() {
         let stride = job.classes.inner_stride(X);
@@ -138,7 +146,7 @@ pub(super) fn logits_and_slopes<T: Work>(job: &Job, row: usize, start: usize, ds
                 unbent(job, row, start, dst);
             }
             let dst = SpanMut::of(&mut *dst);
-            job.level.run(Softcap { cap, slope: false, x: x.unwrap_or(dst.read()), dst, slopes });
+            job.level.run(Softcap { cap: Cap::new(cap), slope: false, x: x.unwrap_or(dst.read()), dst, slopes });
         }
         (_, Some(cap)) => {
             unbent(job, row, start, dst);

@@ -188,7 +188,7 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
         tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
     }
     let Some(labels) = &job.labels else { return None };
-    let mut sorted: Vec<(usize, usize, f64)> = Vec::new();
+    let mut sorted: Vec<(usize, usize)> = Vec::new();
     for (slot, &row) in kept.iter().enumerate() {
         for j in 0..entries {
             tile.mass[j * WIDTH + slot] = 0.0;
@@ -205,13 +205,13 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
         if entries > 1 {
             // Entries of one class have the mass of all of them.
             sorted.clear();
-            sorted.extend(labels.row(row).map(|(j, class, _)| (class, j, tile.mass[j * WIDTH + slot])));
-            sorted.sort_unstable_by_key(|&(class, j, _)| (class, j));
+            sorted.extend(labels.row(row).map(|(j, class, _)| (class, j * WIDTH + slot)));
+            sorted.sort_unstable();
             for same in sorted.chunk_by(|a, b| a.0 == b.0).filter(|same| same.len() > 1) {
-                let mass: f64 = same.iter().map(|&(_, _, mass)| mass).sum();
+                let mass: f64 = same.iter().map(|&(_, at)| tile.mass[at]).sum();
                 let w = job.weight.get(same[0].0).copied().unwrap_or(1.0);
-                for &(_, j, _) in same {
-                    tile.mass_all[j * WIDTH + slot] = mass + spread * w;
+                for &(_, at) in same {
+                    tile.mass_all[at] = mass + spread * w;
                 }
             }
         }

@@ -117,7 +117,7 @@ fn search<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut fee
                 job.indices.set_int(bases[1] + job.chosen.offset(2, i), class as i64);
             };
             for (i, &(x, class)) in found.iter().enumerate() {
-                put(i, class, total.log_prob(x.to_f64(), log_sum));
+                put(i, class, total.log_prob(x, log_sum));
             }
             // NaN comes last, and there is one in the row: every log-probability is NaN.
             if found.len() < job.k {

@@ -88,7 +88,7 @@ pub(super) fn score_tokens<'py>(
             // Positions are those of the argument, whose last axis is one longer.
             *position += *position / scored.shape().last().copied().unwrap_or(1) + 1;
         }
-        Context { logits: "logits", shape: x.shape(), axis, target: tokens.shape(), can_ignore: true }.raise(error)
+        Context { logits: "logits", shape: x.shape(), axis, target: tokens.shape(), can_ignore: true }.raise(py, error)
     })?;
     let optional = |output: Option<Output<'py>>| output.map_or_else(|| py.None().into_bound(py), Output::into_python);
     let [logprob, logsumexp, argmax, greedy] = results.map(Output::into_python);

@@ -240,7 +240,10 @@ pub(super) fn bandwidth(py: Python<'_>, kind: &str, src: &Bound<'_, PyAny>, dst:
     let src = view(src, "src", Accept::Floats)?;
     let dst = Output::given(dst, src.shape(), src.dtype(), false, &[("src", &src)])?;
     let (array, out) = (src.array(), dst.out());
-    run(py, array.size(), |exec| ops::bandwidth(exec, traffic, array, out))?.map_err(|error| value_error(error.to_string()))
+    run(py, array.size(), |exec| ops::bandwidth(exec, traffic, array, out))?.map_err(|error| match error {
+        Error::Invalid(what) => value_error(what),
+        other => super::errors::internal(other),
+    })
 }
 
 /// What `show_config` shows.

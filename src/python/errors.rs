@@ -5,7 +5,7 @@ use core::fmt::Write;
 use pyo3::exceptions::{PyIndexError, PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
+use pyo3::types::{PyFloat, PyType};
 
 use crate::ops::Error;
 
@@ -46,8 +46,8 @@ pub(super) fn shape(dims: &[usize]) -> String {
 }
 
 /// A number as Python writes it.
-pub(super) fn float(value: f64) -> String {
-    if value.is_nan() { "nan".to_owned() } else { format!("{value:?}") }
+pub(super) fn float(py: Python<'_>, value: f64) -> String {
+    PyFloat::new(py, value).to_string()
 }
 
 /// `name[3, 4]` for a flat C-order position; the bare name for a 0-d array.
@@ -81,7 +81,7 @@ pub(super) struct Context<'a> {
 }
 
 impl Context<'_> {
-    pub(super) fn raise(&self, error: Error) -> PyErr {
+    pub(super) fn raise(&self, py: Python<'_>, error: Error) -> PyErr {
         match error {
             Error::TargetOutOfBounds { argument, position, value } => {
                 let name = if matches!(argument, "target" | "tokens") { argument.to_owned() } else { format!("target.{argument}") };
@@ -110,7 +110,7 @@ impl Context<'_> {
                     "lam" => ("target.lam", "the share of y_a lies in [0, 1]"),
                     other => (other, "it is outside the domain of the argument"),
                 };
-                value_error(format!("{} = {}: {accepted}", element(name, position, &rows), float(value)))
+                value_error(format!("{} = {}: {accepted}", element(name, position, &rows), float(py, value)))
             }
             other => internal(other),
         }
@@ -121,6 +121,12 @@ impl Context<'_> {
 pub(super) fn internal(error: Error) -> PyErr {
     match error {
         Error::OutOfMemory => PyMemoryError::new_err("no memory for scratch space"),
-        other => PyRuntimeError::new_err(format!("crossent: {other}; this is a bug, please report it")),
+        // Not `Display`, which would bring the formatting of numbers along.
+        Error::Invalid(what) => bug(what),
+        Error::TargetOutOfBounds { argument, .. } | Error::BadValue { argument, .. } => bug(argument),
     }
+}
+
+fn bug(what: &str) -> PyErr {
+    PyRuntimeError::new_err(format!("crossent: {what}; this is a bug, please report it"))
 }

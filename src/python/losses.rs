@@ -273,7 +273,7 @@ fn loss<'py>(
         })?
     };
     let value = value.map_err(|error| {
-        Context { logits: name, shape: logits.shape, axis, target: goal.shape(), can_ignore: !goal.is_probable() }.raise(error)
+        Context { logits: name, shape: logits.shape, axis, target: goal.shape(), can_ignore: !goal.is_probable() }.raise(py, error)
     })?;
 
     let loss = losses.map_or_else(|| PyFloat::new(py, value).into_any(), Output::into_python);

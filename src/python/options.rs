@@ -67,7 +67,7 @@ fn text(object: &Bound<'_, PyAny>) -> String {
 /// A real number in a domain; `accepted` completes "must be".
 pub(super) fn number(object: &Bound<'_, PyAny>, argument: &str, accepted: &str, good: impl Fn(f64) -> bool) -> PyResult<f64> {
     let value = real(object, argument)?;
-    if good(value) { Ok(value) } else { Err(value_error(format!("{argument} must be {accepted}, got {}", float(value)))) }
+    if good(value) { Ok(value) } else { Err(value_error(format!("{argument} must be {accepted}, got {}", float(object.py(), value)))) }
 }
 
 /// The same, where `None` means that the option is off.
@@ -137,11 +137,12 @@ pub(super) fn axes(object: &Bound<'_, PyAny>, array: &str, ndim: usize) -> PyRes
     };
     let mut axes = Dims::<usize>::new();
     for item in tuple {
-        axes.push(axis(&item, array, ndim)?.1);
-    }
-    axes.sort_unstable();
-    if axes.windows(2).any(|pair| pair[0] == pair[1]) {
-        return Err(value_error(format!("axis = {} names an axis of {array} twice", text(object))));
+        let axis = axis(&item, array, ndim)?.1;
+        let at = axes.partition_point(|&before| before < axis);
+        if axes.get(at) == Some(&axis) {
+            return Err(value_error(format!("axis = {} names an axis of {array} twice", text(object))));
+        }
+        axes.insert(at, axis);
     }
     Ok(axes)
 }

@@ -200,13 +200,15 @@ fn ordered_like(prototype: &Array<'_>) -> Dims<isize> {
     if is(&fortran) {
         return fortran;
     }
-    let mut order: Dims<usize> = (0..shape.len()).collect();
-    order.sort_by_key(|&i| core::cmp::Reverse(strides[i].unsigned_abs()));
+    // Of equal strides the last axis first.
+    let last = shape.len() - 1;
+    let mut order: Dims<(usize, usize)> = (0..=last).map(|i| (strides[i].unsigned_abs(), last - i)).collect();
+    order.sort_unstable();
     let mut result = contiguous;
     let mut step = size as isize;
-    for &i in order.iter().rev() {
-        result[i] = step;
-        step *= shape[i] as isize;
+    for (_, i) in order {
+        result[last - i] = step;
+        step *= shape[last - i] as isize;
     }
     result
 }
