@@ -52,6 +52,9 @@ pub struct Tile {
     pub e_target: Vec<f64>,
     /// The gradient there.
     pub patch: Vec<f64>,
+    /// Where there are several sparse targets a row: those of row r at `r * entries`, as class and place in the fields above, by class; what is
+    /// not there comes last, with a class beyond all.
+    pub order: Vec<(usize, usize)>,
 }
 
 impl Tile {

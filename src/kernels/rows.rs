@@ -284,8 +284,8 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
 /// Classes whose logits are to be told: when their block is read, because before that they are cold, and after that they may be gone.
 #[derive(Debug)]
 pub struct Wanted<'a> {
-    /// The classes.
-    pub classes: &'a [usize],
+    /// The classes, ascending, and where their logits go. Those beyond the row are none.
+    pub classes: &'a [(usize, usize)],
     /// Gets their logits.
     pub logits: &'a mut [f64],
 }
@@ -362,7 +362,7 @@ fn capped<T: Real>(cap: Cap<T>, x: T) -> T {
 
 #[inline(always)]
 fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<T>, bent: &mut [T]) -> State {
-    let Reduce { scale, classes, mut x, mut t, dst, references, known, wanted } = job;
+    let Reduce { scale, classes, mut x, mut t, dst, references, known, mut wanted } = job;
     let setup = &Setup::<S, T>::new(isa, scale);
     let (lin, store) = (!CAP && !matches!(t, Input::None), dst.is_some());
     let dst = dst.unwrap_or(SpanMut::of(&mut []));
@@ -415,11 +415,12 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         if store && let Some(known) = references.get_mut(index) {
             *known = reference;
         }
-        for (&class, logit) in wanted.classes.iter().zip(wanted.logits.iter_mut()) {
-            if (start..start + block.len()).contains(&class) {
-                let x = block.get(class - start);
-                *logit = if CAP { capped(cap, x) } else { x }.to_f64();
-            }
+        while let [(class, at), others @ ..] = wanted.classes
+            && *class < start + block.len()
+        {
+            let x = block.get(class - start);
+            wanted.logits[*at] = if CAP { capped(cap, x) } else { x }.to_f64();
+            wanted.classes = others;
         }
         let far = reference.b != 0.0 || max >= T::MAX;
         if lin && tops {

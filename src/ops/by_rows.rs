@@ -275,24 +275,16 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
                 Input::Made { fill: &mut fill_dense, scratch: dense, classes, from }
             }
         };
-        // The logits of one or two targets are read with their blocks.
-        let (mut classes_of, mut entries) = ([0; 2], 0);
-        if let Some(labels) = &job.labels {
-            for (j, class, _) in labels.row(row) {
-                if labels.entries <= 2 {
-                    (classes_of[j], entries) = (class, j + 1);
-                } else if direct && cap.is_none() {
-                    tile.x_target[j * WIDTH + slot] = line(row).get(class).to_f64();
-                } else {
-                    tile.x_target[j * WIDTH + slot] = logit::<T>(job, row, class);
-                }
-            }
-        }
         if folds {
             target_slopes(job, row, slot, &mut slopes_at);
         }
-        let mut target_logits = [0.0; 2];
-        let wanted = Wanted { classes: &classes_of[..entries], logits: &mut target_logits };
+        // The logits of the targets are read with their blocks.
+        let (one, entries) = match &job.labels {
+            Some(labels) if labels.entries == 1 => ([(labels.class[row] as usize, slot)], 1),
+            labels => ([(0, 0)], labels.as_ref().map_or(0, |labels| labels.entries)),
+        };
+        let targets = if entries == 1 { &one[..] } else { &tile.order[slot * entries..][..entries] };
+        let wanted = Wanted { classes: targets, logits: &mut tile.x_target };
         let reduce = Reduce {
             scale,
             classes,
@@ -308,9 +300,6 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             _ => level.run(reduce),
         };
         put(tile, slot, &state);
-        for (j, logit) in target_logits[..entries].iter().enumerate() {
-            tile.x_target[j * WIDTH + slot] = *logit;
-        }
     }
     level.run(Finish { terms: &terms, tile, rows: (0, n), single });
     let Some(out) = job.out else { return settle(strip, tile) };

@@ -188,7 +188,7 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
         tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
     }
     let Some(labels) = &job.labels else { return None };
-    let mut sorted: Vec<(usize, usize)> = Vec::new();
+    tile.order.clear();
     for (slot, &row) in kept.iter().enumerate() {
         for j in 0..entries {
             tile.mass[j * WIDTH + slot] = 0.0;
@@ -203,11 +203,15 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
             tile.mass_all[j * WIDTH + slot] = mass + spread * w;
         }
         if entries > 1 {
+            let start = tile.order.len();
+            tile.order.resize(start + entries, (usize::MAX, 0));
+            let order = &mut tile.order[start..];
+            for ((j, class, _), of) in labels.row(row).zip(&mut *order) {
+                *of = (class, j * WIDTH + slot);
+            }
+            order.sort_unstable();
             // Entries of one class have the mass of all of them.
-            sorted.clear();
-            sorted.extend(labels.row(row).map(|(j, class, _)| (class, j * WIDTH + slot)));
-            sorted.sort_unstable();
-            for same in sorted.chunk_by(|a, b| a.0 == b.0).filter(|same| same.len() > 1) {
+            for same in order.chunk_by(|a, b| a.0 == b.0).filter(|same| same.len() > 1 && same[0].0 != usize::MAX) {
                 let mass: f64 = same.iter().map(|&(_, at)| tile.mass[at]).sum();
                 let w = job.weight.get(same[0].0).copied().unwrap_or(1.0);
                 for &(_, at) in same {
