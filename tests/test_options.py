@@ -222,6 +222,46 @@ def test_softcap_of_any_size(level, dtype):
     assert ce.cross_entropy(large, [1], softcap=1e39) == pytest.approx(reference.cross_entropy(large, [1], softcap=1e39), rel=1e-6)
 
 
+@pytest.mark.parametrize("cap", [1.5, 30.0, 2000.0])
+@pytest.mark.parametrize("classes", [1040, 2048, 2500, 4111])
+def test_softcap_of_long_rows(level, dtype, cap, classes):
+    """Long rows are capped block by block, in another way where all of a block is near 0: rows of both kinds, mixed ones, and every special value."""
+    rng = np.random.default_rng(classes)
+    near = rng.normal(0, 0.15 * cap, (14, classes)).clip(-0.6 * cap, 0.6 * cap)
+    x = near.copy()
+    x[1] *= 8
+    x[2, -1] = 3 * cap  # far, and the maximum, in the last block
+    x[3, 1030:] = -0.7 * cap
+    x[3, 5] = 0.61 * cap
+    x[4, ::7] = 0.62 * cap  # ties of the maximum in every block
+    x[5, [0, -1]] = 0.625 * cap  # at the bound, or rounded to one of its sides
+    x[6, 1024:] = -INF
+    x[7, :1024] = -INF
+    x[8, 1030] = INF
+    x[9] = 20 * cap * np.sign(x[9])  # many have the cap itself
+    x[10] = -0.05 * cap
+    x[11, 1026] = NAN
+    x[12] = -INF
+    x = x.astype(dtype)
+    y = rng.integers(0, classes, len(x))
+    y[2], y[4] = classes - 1, 7
+    options = {"softcap": cap, "reduction": "none"}
+    want, slope = reference.cross_entropy_with_grad(x.astype(F64), y, **options)
+    loss, grad = ce.cross_entropy_with_grad(x, y, **options)
+    np.testing.assert_allclose(loss, want, rtol=16 * cap * eps(row_dtype(dtype)), atol=16 * cap * eps(row_dtype(dtype)))
+    # An exponential has the error of its argument, which is as large as the cap; float16 ends at 6e-8.
+    smallest = 2.0**-24 if dtype == F16 else eps(row_dtype(dtype)) ** 2
+    np.testing.assert_allclose(grad.astype(F64), slope, rtol=2 * eps(dtype) + 16 * cap * eps(row_dtype(dtype)), atol=16 * smallest)
+    np.testing.assert_array_equal(ce.cross_entropy(x, y, **options), loss)
+    for i in range(len(x)):
+        alone = ce.cross_entropy_with_grad(x[i : i + 1], y[i : i + 1], **options)
+        np.testing.assert_array_equal(alone[0], loss[i : i + 1])
+        np.testing.assert_array_equal(alone[1].astype(F64), grad[i : i + 1].astype(F64))
+    again = ce.cross_entropy_with_grad(x, y, out=x, **options)
+    np.testing.assert_array_equal(again[0], loss)
+    np.testing.assert_array_equal(x.astype(F64), grad.astype(F64))
+
+
 # --- what is not read ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ use crate::array::{Columns, ColumnsMut, DType, Element, Float, Rows, RowsMut, Sp
 use crate::simd::{Isa, Mask, Vector};
 
 use super::finish::Tile;
-use super::math::{Exp, Real};
+use super::math::{Anchored, Exp, Real};
 use super::state::{Reference, Summand, Wide, splat};
 
 /// Classes per block, and the most that are summed in one go.
@@ -426,49 +426,86 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     linear: &mut Linear<S, T>,
 ) {
     let (zero, whole) = (Vf::<S, T>::splat(isa, T::ZERO), Vf::<S, T>::splat(isa, T::WHOLE));
-    let from = x.read();
-    let classes = from.classes();
+    let classes = x.read().classes();
     let State { max, k, b, .. } = *state;
-    let (at, origin) = (exp.anchor(k), origin::<S, T>(isa, max));
+    let of = Of { at: exp.anchor(k), max, origin: origin::<S, T>(isa, max), b };
     // Where registers are few, two accumulators: the constants need them more.
-    let own = if S::REGISTERS < 32 { 1 } else { 3 };
-    let mut count = whole;
+    let accumulators = if S::REGISTERS < 32 { 2 } else { 4 };
+    let none = Part { rest: zero, lin: zero, t_rest: zero, t_top: zero };
+    let (mut count, mut arg) = (whole, linear.arg);
     let mut c = 0;
     while c < classes {
-        let end = classes.min(c + ADDITIONS * (own + 1));
-        let (mut rest, mut lin, mut t_rest, mut t_top) = ([zero; 4], [zero; 4], [zero; 4], [zero; 4]);
+        let end = classes.min(c + ADDITIONS * accumulators);
+        let mut parts = [none; 4];
         while c < end {
-            // Whole fours are the usual case.
-            for u in 0..if c + 4 <= end { 4 } else { end - c } {
-                let v = from.load_whole(isa, c + u, j);
-                // b is 0 except where the maximum is off the grid: then x − b is exact or dwarfed by x's own spacing.
-                let (p, q) = at.parts(v - b);
-                if STORE {
-                    x.store_whole(isa, c + u, j, p * q);
-                }
-                // Unordered: a NaN is not the maximum and so reaches the sum.
-                let below = v.ne(max);
-                rest[u & own] = rest[u & own].fma_where(below, p, q);
-                count = count.count_where(below);
-                if LIN {
-                    let top = v.eq(max);
-                    let w = dense.load(isa, c + u, j);
-                    lin[u] = lin[u].add_where(w.ne(zero), w * (origin - v));
-                    t_rest[u] = t_rest[u].add_where(below, w);
-                    t_top[u] = t_top[u].add_where(top, w);
-                    linear.arg = Vf::<S, T>::select(top, splat::<S, T>(isa, (first + c + u) as f64), linear.arg);
+            // Every index of an accumulator is known to the compiler: otherwise all of them would live in memory.
+            for u in 0..4 {
+                if c + 4 <= end || c + u < end {
+                    let (part, number) = (&mut parts[u % accumulators], (first + c + u) as f64);
+                    add_class::<S, T, LIN, STORE>(isa, &of, x, (c + u, j), dense, number, part, (&mut count, &mut arg));
                 }
             }
             c += 4;
         }
-        T::add(isa, &mut state.rest, (rest[0] + rest[1]) + (rest[2] + rest[3]));
+        let [p, q, r, s] = parts;
+        T::add(isa, &mut state.rest, (p.rest + q.rest) + (r.rest + s.rest));
         if LIN {
-            T::add(isa, &mut linear.lin, (lin[0] + lin[1]) + (lin[2] + lin[3]));
-            T::add(isa, &mut linear.t_rest, (t_rest[0] + t_rest[1]) + (t_rest[2] + t_rest[3]));
-            T::add(isa, &mut linear.t_top, (t_top[0] + t_top[1]) + (t_top[2] + t_top[3]));
+            T::add(isa, &mut linear.lin, (p.lin + q.lin) + (r.lin + s.lin));
+            T::add(isa, &mut linear.t_rest, (p.t_rest + q.t_rest) + (r.t_rest + s.t_rest));
+            T::add(isa, &mut linear.t_top, (p.t_top + q.t_top) + (r.t_top + s.t_top));
         }
     }
+    linear.arg = arg;
     state.ties = state.ties + (splat::<S, T>(isa, T::WHOLE.to_f64() + classes as f64) - count);
+}
+
+/// What the classes of some columns are relative to.
+struct Of<V: Vector> {
+    at: Anchored<V>,
+    max: V,
+    origin: V,
+    b: V,
+}
+
+/// Sums in the type of the logits.
+#[derive(Clone, Copy)]
+struct Part<V> {
+    rest: V,
+    lin: V,
+    t_rest: V,
+    t_top: V,
+}
+
+/// Adds one class, the `number`th of its row.
+#[inline(always)]
+fn add_class<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
+    isa: S,
+    of: &Of<Vf<S, T>>,
+    x: ColumnsMut<T>,
+    (c, j): (usize, usize),
+    dense: Dense<T>,
+    number: f64,
+    part: &mut Part<Vf<S, T>>,
+    (count, arg): (&mut Vf<S, T>, &mut Vf<S, T>),
+) {
+    let v = x.read().load_whole(isa, c, j);
+    // b is 0 except where the maximum is off the grid: then x − b is exact or dwarfed by x's own spacing.
+    let (p, q) = of.at.parts(v - of.b);
+    if STORE {
+        x.store_whole(isa, c, j, p * q);
+    }
+    // Unordered: a NaN is not the maximum and so reaches the sum.
+    let below = v.ne(of.max);
+    part.rest = part.rest.fma_where(below, p, q);
+    *count = count.count_where(below);
+    if LIN {
+        let top = v.eq(of.max);
+        let w = dense.load(isa, c, j);
+        part.lin = part.lin.add_where(w.ne(Vf::<S, T>::splat(isa, T::ZERO)), w * (of.origin - v));
+        part.t_rest = part.t_rest.add_where(below, w);
+        part.t_top = part.t_top.add_where(top, w);
+        *arg = Vf::<S, T>::select(top, splat::<S, T>(isa, number), *arg);
+    }
 }
 
 /// Moves a state to a larger maximum: what was the maximum joins the rest.

@@ -19,7 +19,7 @@ use super::input::ask;
 use super::math::{Real, polynomial};
 use super::scan::BLOCK;
 use super::scan::{Constants, Lanes, Raised, Softmax, ln_1p, stretch};
-use super::state::{Pair, Summand, Wide, exp_f64, splat};
+use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 
 /// |t| up to which φ is a polynomial, in the range of `Real::EXPM1`. Beyond, e^(−t) − 1 + t loses four bits at most.
 const SMALL: f64 = 0.34;
@@ -250,31 +250,21 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
     }
 
     /// A block off the grid of the integer reduction, or one whose sums exceed the type (or are infinite): class by class in float64.
-    #[inline(never)]
+    #[inline(always)]
     fn careful(&mut self, constants: &Constants<S, T>, x: [Span<T>; 2]) {
-        let scale = constants.scale;
-        let (c, above) = (self.factor(scale), self.above());
-        let tops = [self.p.max.to_f64(), self.q.max.to_f64()];
-        (self.p.known, self.q.known) = (None, None);
-        for i in 0..x[0].len() {
-            let [p, q] = [x[0].get(i).to_f64(), x[1].get(i).to_f64()];
-            let e = [(p, &self.p), (q, &self.q)].map(|(x, row)| exp_f64(Scalar, (x - row.reference.b) * scale, row.reference.k));
-            if p != tops[0] {
-                self.p.rest_extra.add(e[0]);
-            }
-            if q != tops[1] {
-                self.q.rest_extra.add(e[1]);
-            }
-            let t = (((p - tops[0]) - (q - tops[1])) - above) * scale;
-            if q == f64::NEG_INFINITY && p > f64::NEG_INFINITY {
-                self.infinite = true;
-            } else if e[0] == 0.0 {
-                self.gap_extra.add(e[1] * c);
-            } else {
-                self.tilt_extra.add(e[0] * t);
-                self.gap_extra.add(if t.abs() <= SMALL { e[0] * less_linear(-t) } else { (e[1] * c - e[0]) + e[0] * t });
-            }
-        }
+        let (p, q) = (&mut self.p, &mut self.q);
+        (p.known, q.known) = (None, None);
+        let mut sums = Careful {
+            tops: [p.max.to_f64(), q.max.to_f64()],
+            references: [p.reference, q.reference],
+            rest: [p.rest_extra, q.rest_extra],
+            gap: self.gap_extra,
+            tilt: self.tilt_extra,
+            infinite: self.infinite,
+        };
+        sums.read(constants.scale, self.factor(constants.scale), self.above(), x);
+        [self.p.rest_extra, self.q.rest_extra] = sums.rest;
+        (self.gap_extra, self.tilt_extra, self.infinite) = (sums.gap, sums.tilt, sums.infinite);
     }
 
     /// KL(P‖Q), and what its gradient needs.
@@ -308,6 +298,43 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         };
         // Exactly it is never negative.
         (if kl < 0.0 { 0.0 } else { kl }, slope)
+    }
+}
+
+/// What a careful block adds to; the same for every level.
+struct Careful {
+    tops: [f64; 2],
+    references: [Reference; 2],
+    rest: [Pair; 2],
+    gap: Pair,
+    tilt: Pair,
+    infinite: bool,
+}
+
+impl Careful {
+    #[inline(never)]
+    fn read<T: Float>(&mut self, scale: f64, c: f64, above: f64, x: [Span<T>; 2]) {
+        for i in 0..x[0].len() {
+            let [p, q] = [x[0].get(i).to_f64(), x[1].get(i).to_f64()];
+            let mut e = [p, q];
+            for (j, e) in e.iter_mut().enumerate() {
+                let Reference { k, b } = self.references[j];
+                let reached = *e == self.tops[j];
+                *e = exp_f64(Scalar, (*e - b) * scale, k);
+                if !reached {
+                    self.rest[j].add(*e);
+                }
+            }
+            let t = (((p - self.tops[0]) - (q - self.tops[1])) - above) * scale;
+            if q == f64::NEG_INFINITY && p > f64::NEG_INFINITY {
+                self.infinite = true;
+            } else if e[0] == 0.0 {
+                self.gap.add(e[1] * c);
+            } else {
+                self.tilt.add(e[0] * t);
+                self.gap.add(if t.abs() <= SMALL { e[0] * less_linear(-t) } else { (e[1] * c - e[0]) + e[0] * t });
+            }
+        }
     }
 }
 

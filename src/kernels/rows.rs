@@ -231,10 +231,12 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
                 }
                 let (v, slope) = if CAP { bent[u] } else { (x.load(isa, u * step), zero) };
                 let e = at.at.parts(if TOP { v - at.b } else { v });
-                if KEEP && CAP && !TOP {
-                    // Such a loop waits for multiplications, and has one less this way.
+                if CAP && !TOP {
+                    // Such a loop waits for multiplications, and has one less this way where exponentials are kept.
                     let e = e.0 * e.1;
-                    dst.store(isa, u * step, e * slope);
+                    if KEEP {
+                        dst.store(isa, u * step, e * slope);
+                    }
                     parts[u & own].rest = parts[u & own].rest + e;
                     continue;
                 }
@@ -352,11 +354,11 @@ impl<T: Summand> Kernel for ReduceCapped<'_, T> {
     }
 }
 
-/// One logit, with the bits that vectors give it.
+/// One logit, with the bits that all have, and apart from the loops: few are asked for.
 #[inline(always)]
-fn capped<T: Real>(cap: Cap<T>, x: T) -> T {
+fn capped<S: Isa, T: Real>(_: S, cap: Cap<T>, x: T) -> T {
     let mut y = [x];
-    SpanMut::of(&mut y).store(Scalar, 0, cap.both::<Vf<Scalar, T>>(Scalar, Vf::<Scalar, T>::splat(Scalar, x)).0);
+    bend::cap(S::LEVEL, cap, Span::of(&[x]), SpanMut::of(&mut y), &mut []);
     y[0]
 }
 
@@ -372,8 +374,8 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
     let (mut ties, mut arg, mut t_top) = (0.0, 0, Pair::default());
     let (mut rest, mut spread, mut t_rest) = (Wide::zero(isa), Wide::zero(isa), Wide::zero(isa));
     let (mut rest_extra, mut spread_extra, mut t_extra) = (Pair::default(), Pair::default(), Pair::default());
-    // How far below 0 the least of the next block is, if known.
-    let mut depth = None;
+    // The maximum before it is capped; how far below 0 the least of the next block is, if known.
+    let (mut highest, mut depth) = (T::NEG_INF, None);
     for index in 0..classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
         let (block, next) = x.block(isa, index, known);
@@ -382,7 +384,12 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
             Some(top) => top,
             None => block_max(isa, block).reduce_max(),
         };
-        let (raw, candidate) = (candidate, if CAP { capped(cap, candidate) } else { candidate });
+        let (raw, mut candidate) = (candidate, candidate);
+        if CAP {
+            // Capping changes no order: what is below the maximum stays there.
+            candidate = if highest <= raw { capped(isa, cap, raw) } else { T::NEG_INF };
+            highest = if highest < raw { raw } else { highest };
+        }
         let tops = max <= candidate;
         if candidate > max {
             let moved = Reference::of(candidate, &setup.exp1, setup.scale);
@@ -419,7 +426,7 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
             && *class < start + block.len()
         {
             let x = block.get(class - start);
-            wanted.logits[*at] = if CAP { capped(cap, x) } else { x }.to_f64();
+            wanted.logits[*at] = if CAP { capped(isa, cap, x) } else { x }.to_f64();
             wanted.classes = others;
         }
         let far = reference.b != 0.0 || max >= T::MAX;
@@ -431,7 +438,7 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         let stretch = stretch::<S, T>();
         let mut from = 0;
         let single = T::DTYPE == DType::F32;
-        let rare = far || tops || lin || S::LEVEL == Level::Scalar;
+        let mut rare = far || tops || lin || S::LEVEL == Level::Scalar;
         // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and make it in the usual case only.
         let fused = next.block().len() >= block.len() && !((rare || CAP) && next.is_made());
         let (ahead, seen) = if fused { (next, block.len()) } else { (Ahead::Here(next.instead(block)), 0) };
@@ -444,6 +451,8 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         }
         let (mut block, mut factors) = (block, Span::of(&[]));
         if CAP && !near {
+            // One kind of loop is enough for it.
+            rare = true;
             let (y, slopes) = bent.split_at_mut(BLOCK);
             let (y, slopes) = (SpanMut::of(&mut y[..block.len()]), &mut slopes[..block.len()]);
             bend::cap(S::LEVEL, cap, block, y, slopes);
@@ -470,8 +479,12 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
                     pass::<S, T, _, false, false, false, true>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
                 (Ahead::Here(next), true) if rare => pass::<S, T, _, false, true, false, true>(isa, &at, x, next.part(from, n), t, cap, to),
-                (Ahead::Here(next), false) => pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to),
-                (Ahead::Here(next), true) => pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to),
+                (Ahead::Here(next), false) if !CAP => {
+                    pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Here(next), true) if !CAP => {
+                    pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
                 (Ahead::F16(next), false) if single && !CAP => {
                     pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
@@ -490,7 +503,7 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
                 (Ahead::Masked(next), true) if single && !CAP => {
                     pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                _ => unreachable!("only blocks of float32 are made here"),
+                _ => unreachable!("only blocks of float32 are made here, and those to be capped are near 0 or rare"),
             };
             top = sums.next.max(top);
             if CAP && near {

@@ -242,7 +242,8 @@ impl<S: Isa, T: Summand> Scan<S, T> {
         }
         // Portable code is there to be right, not to be large. Below −inf there is nothing, and nothing can be taken from it.
         if S::LEVEL == Level::Scalar || !self.softmax.near() || self.softmax.max == T::NEG_INF {
-            self.careful::<SPREAD>(x);
+            let Softmax { max, reference, ref mut rest_extra, .. } = self.softmax;
+            careful(x, max.to_f64(), reference, rest_extra, SPREAD.then_some(&mut self.spread_extra));
             return top;
         }
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
@@ -268,23 +269,6 @@ impl<S: Isa, T: Summand> Scan<S, T> {
         top
     }
 
-    /// A block off the grid of the integer reduction, where logits are far from 0 beyond use: class by class in float64.
-    #[inline(never)]
-    fn careful<const SPREAD: bool>(&mut self, x: Span<T>) {
-        let Softmax { max, reference, .. } = self.softmax;
-        let max = max.to_f64();
-        for i in 0..x.len() {
-            let x = x.get(i).to_f64();
-            if x != max {
-                let e = exp_f64(Scalar, x - reference.b, reference.k);
-                self.softmax.rest_extra.add(e);
-                if SPREAD && e != 0.0 {
-                    self.spread_extra.add(e * (max - x));
-                }
-            }
-        }
-    }
-
     /// The row.
     #[inline(always)]
     pub fn total(&self) -> Total {
@@ -297,6 +281,23 @@ impl<S: Isa, T: Summand> Scan<S, T> {
         let mut spread = T::total(self.spread);
         spread.merge(self.spread_extra);
         if total.valid { log_sum + spread.value() / ((1.0 + total.others) * self.softmax.top) } else { f64::NAN }
+    }
+}
+
+/// A block off the grid of the integer reduction, where logits are far from 0 beyond use: class by class in float64, the same for every level.
+#[inline(never)]
+fn careful<T: Float>(x: Span<T>, max: f64, reference: Reference, rest: &mut Pair, mut spread: Option<&mut Pair>) {
+    for i in 0..x.len() {
+        let x = x.get(i).to_f64();
+        if x != max {
+            let e = exp_f64(Scalar, x - reference.b, reference.k);
+            rest.add(e);
+            if let Some(spread) = &mut spread
+                && e != 0.0
+            {
+                spread.add(e * (max - x));
+            }
+        }
     }
 }
 
