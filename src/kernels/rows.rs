@@ -439,8 +439,10 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         let mut from = 0;
         let single = T::DTYPE == DType::F32;
         let mut rare = far || tops || lin || S::LEVEL == Level::Scalar;
-        // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and make it in the usual case only.
-        let fused = next.block().len() >= block.len() && !((rare || CAP) && next.is_made());
+        // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and make it in the usual case only,
+        // or apply its mask where exponentials are kept as well.
+        let masks = store && !lin && !CAP && S::LEVEL != Level::Scalar && matches!(next, Ahead::Masked(_));
+        let fused = next.block().len() >= block.len() && (masks || !((rare || CAP) && next.is_made()));
         let (ahead, seen) = if fused { (next, block.len()) } else { (Ahead::Here(next.instead(block)), 0) };
         let (mut top, mut lowest) = (Vf::<S, T>::splat(isa, T::NEG_INF), splat::<S, T>(isa, f64::INFINITY));
         // Capped in the loop if all of it is near 0, as most is; otherwise before it.
@@ -499,6 +501,9 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
                 }
                 (Ahead::Masked(next), false) if single && !CAP => {
                     pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Masked(next), true) if single && !CAP && rare => {
+                    pass::<S, T, _, false, true, false, true>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
                 (Ahead::Masked(next), true) if single && !CAP => {
                     pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
