@@ -6,11 +6,11 @@ use crate::simd::{Isa, Level, Mask, Scalar, Vector};
 
 use super::input::ask;
 use super::math::{Anchored, Exp, Real, log1p};
-use super::rows::{block_max, chain};
+use super::rows::block_max;
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: no more than float32 lanes may sum and keep the digits of a divergence.
-pub const BLOCK: usize = 1024;
+pub const BLOCK: usize = 512;
 
 /// What is the same for every row of a call.
 #[derive(Clone, Copy)]
@@ -249,7 +249,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         let mut from = 0;
         while from < x.len() {
-            let n = (4 * chain::<S, T>()).min(x.len() - from);
+            let n = stretch::<S, T>(if S::REGISTERS < 32 { 2 } else { 4 }).min(x.len() - from);
             let part = x.part(from, n);
             // Without a successor it looks at itself, and the answer is not used.
             let ahead = next.map_or(part, |next| next.part(from, n));
@@ -324,28 +324,16 @@ fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Lanes
     let own = if S::REGISTERS < 32 { 1 } else { 3 };
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let (mut rest, mut spread) = ([zero; 4], [zero; 4]);
-    let (mut rests, mut spreads) = (zero, zero);
     let (len, group) = (x.len(), 4 * step);
     // Of one length, known to the compiler: no check is left in the loop.
     let next = next.part(0, len);
-    let mut k = 0;
-    while k < len / group {
-        let end = (len / group).min(k + chain::<S, T>() / group);
-        while k < end {
-            let (x, next) = (x.nth(k, group), next.nth(k, group));
-            for u in 0..4 {
-                ask(isa, next, u * step);
-                // In this order a NaN is passed over; it comes back through the sum.
-                max[u & own] = next.load(isa, u * step).max(max[u & own]);
-                add::<S, T, SPREAD, TOP>(at, x.load(isa, u * step), &mut rest[u & own], &mut spread[u & own]);
-            }
-            k += 1;
-        }
-        rests = rests + ((rest[0] + rest[1]) + (rest[2] + rest[3]));
-        rest = [zero; 4];
-        if SPREAD {
-            spreads = spreads + ((spread[0] + spread[1]) + (spread[2] + spread[3]));
-            spread = [zero; 4];
+    for k in 0..len / group {
+        let (x, next) = (x.nth(k, group), next.nth(k, group));
+        for u in 0..4 {
+            ask(isa, next, u * step);
+            // In this order a NaN is passed over; it comes back through the sum.
+            max[u & own] = next.load(isa, u * step).max(max[u & own]);
+            add::<S, T, SPREAD, TOP>(at, x.load(isa, u * step), &mut rest[u & own], &mut spread[u & own]);
         }
     }
     let fill = T::NEG_INF;
@@ -358,8 +346,8 @@ fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Lanes
         i += n;
     }
     Sums {
-        rest: rests + ((rest[0] + rest[1]) + (rest[2] + rest[3])),
-        spread: spreads + ((spread[0] + spread[1]) + (spread[2] + spread[3])),
+        rest: (rest[0] + rest[1]) + (rest[2] + rest[3]),
+        spread: (spread[0] + spread[1]) + (spread[2] + spread[3]),
         next: max[0].max(max[1]).max(max[2].max(max[3])),
     }
 }
