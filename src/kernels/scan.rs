@@ -474,7 +474,7 @@ impl<T: Float> Largest<T> {
             select(&mut self.found, self.k);
         }
         if self.found.len() == self.k {
-            self.threshold = self.found.iter().map(|&(x, _)| x).reduce(f64::min).map(T::from_f64);
+            self.threshold = self.found.iter().map(|&(x, _)| x).reduce(|a, b| if b < a { b } else { a }).map(T::from_f64);
         }
     }
 
