@@ -225,7 +225,7 @@ def test_softcap_of_any_size(level, dtype):
 @pytest.mark.parametrize("cap", [1.5, 30.0, 2000.0])
 @pytest.mark.parametrize("classes", [1040, 2048, 2500, 4111])
 def test_softcap_of_long_rows(level, dtype, cap, classes):
-    """Long rows are capped block by block, in another way where all of a block is near 0: rows of both kinds, mixed ones, and every special value."""
+    """Long rows are capped block by block, in another way where a block is near 0: rows of both kinds, mixed ones, every special value."""
     rng = np.random.default_rng(classes)
     near = rng.normal(0, 0.15 * cap, (14, classes)).clip(-0.6 * cap, 0.6 * cap)
     x = near.copy()

@@ -117,7 +117,8 @@ impl Context<'_> {
     }
 }
 
-/// Errors of the core that have nothing to do with values.
+/// Errors of the core that have nothing to do with values. By value, as `map_err` gives them.
+#[allow(clippy::needless_pass_by_value)]
 pub(super) fn internal(error: Error) -> PyErr {
     match error {
         Error::OutOfMemory => PyMemoryError::new_err("no memory for scratch space"),
