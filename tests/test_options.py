@@ -245,21 +245,26 @@ def test_softcap_of_long_rows(level, dtype, cap, classes):
     x = x.astype(dtype)
     y = rng.integers(0, classes, len(x))
     y[2], y[4] = classes - 1, 7
-    options = {"softcap": cap, "reduction": "none"}
-    want, slope = reference.cross_entropy_with_grad(x.astype(F64), y, **options)
-    loss, grad = ce.cross_entropy_with_grad(x, y, **options)
-    np.testing.assert_allclose(loss, want, rtol=16 * cap * eps(row_dtype(dtype)), atol=16 * cap * eps(row_dtype(dtype)))
+    sparse = ce.SparseProbs(np.stack([y, y[::-1], y], 1), np.array([0.5, 0.25, 0.25]) * np.ones((len(x), 1)))
     # An exponential has the error of its argument, which is as large as the cap; float16 ends at 6e-8.
+    error = 4 * cap * eps(row_dtype(dtype))
     smallest = 2.0**-24 if dtype == F16 else eps(row_dtype(dtype)) ** 2
-    np.testing.assert_allclose(grad.astype(F64), slope, rtol=2 * eps(dtype) + 16 * cap * eps(row_dtype(dtype)), atol=16 * smallest)
-    np.testing.assert_array_equal(ce.cross_entropy(x, y, **options), loss)
+    more = {"temperature": 2.0, "z_loss": 1e-3, "sample_weight": rng.random(len(x)), "weight": rng.random(classes)}
+    for target, others in ((y, {}), (y, more), (sparse, {})):
+        options = {"softcap": cap, "reduction": "none"} | others
+        loss, grad = ce.cross_entropy_with_grad(x, target, **options)
+        want, slope = reference.cross_entropy_with_grad(x.astype(F64), target, **options)
+        np.testing.assert_allclose(loss, want, rtol=error, atol=error)
+        np.testing.assert_allclose(grad.astype(F64), slope, rtol=2 * eps(dtype) + 2 * error, atol=16 * smallest)
+        np.testing.assert_array_equal(ce.cross_entropy(x, target, **options), loss)
+        again = x.copy()
+        np.testing.assert_array_equal(ce.cross_entropy_with_grad(again, target, out=again, **options)[0], loss)
+        np.testing.assert_array_equal(again.astype(F64), grad.astype(F64))
+    loss, grad = ce.cross_entropy_with_grad(x, y, softcap=cap, reduction="none")
     for i in range(len(x)):
-        alone = ce.cross_entropy_with_grad(x[i : i + 1], y[i : i + 1], **options)
+        alone = ce.cross_entropy_with_grad(x[i : i + 1], y[i : i + 1], softcap=cap, reduction="none")
         np.testing.assert_array_equal(alone[0], loss[i : i + 1])
         np.testing.assert_array_equal(alone[1].astype(F64), grad[i : i + 1].astype(F64))
-    again = ce.cross_entropy_with_grad(x, y, out=x, **options)
-    np.testing.assert_array_equal(again[0], loss)
-    np.testing.assert_array_equal(x.astype(F64), grad.astype(F64))
 
 
 # --- what is not read ---------------------------------------------------------------------------------------------------------------------

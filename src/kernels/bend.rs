@@ -48,13 +48,13 @@ impl<T: Real> Kernel for Softcap<'_, T> {
 
 /// Capped logits and their slopes, apart from the caller.
 #[inline(never)]
-pub(super) fn cap<T: Real>(level: Level, cap: Cap<T>, x: Span<T>, dst: SpanMut<T>, slopes: &mut [T]) {
+pub fn cap<T: Real>(level: Level, cap: Cap<T>, x: Span<T>, dst: SpanMut<T>, slopes: &mut [T]) {
     level.run(Softcap { cap, slope: false, x, dst, slopes });
 }
 
 /// Lane-wise product in place, apart from the caller.
 #[inline(never)]
-pub(super) fn multiply<T: Real>(level: Level, x: SpanMut<T>, by: Span<T>) {
+pub fn multiply<T: Real>(level: Level, x: SpanMut<T>, by: Span<T>) {
     level.run(Product { x: x.read(), by, dst: x });
 }
 

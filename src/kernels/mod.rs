@@ -4,6 +4,7 @@
 
 pub mod bend;
 pub mod columns;
+pub mod copy;
 pub mod divergence;
 pub mod emit;
 pub mod few;

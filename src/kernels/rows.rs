@@ -355,10 +355,9 @@ impl<T: Summand> Kernel for ReduceCapped<'_, T> {
 }
 
 /// One logit, with the bits that all have, and apart from the loops: few are asked for.
-#[inline(always)]
-fn capped<S: Isa, T: Real>(_: S, cap: Cap<T>, x: T) -> T {
+fn capped<T: Real>(level: Level, cap: Cap<T>, x: T) -> T {
     let mut y = [x];
-    bend::cap(S::LEVEL, cap, Span::of(&[x]), SpanMut::of(&mut y), &mut []);
+    bend::cap(level, cap, Span::of(&[x]), SpanMut::of(&mut y), &mut []);
     y[0]
 }
 
@@ -387,7 +386,7 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         let (raw, mut candidate) = (candidate, candidate);
         if CAP {
             // Capping changes no order: what is below the maximum stays there.
-            candidate = if highest <= raw { capped(isa, cap, raw) } else { T::NEG_INF };
+            candidate = if highest <= raw { capped(S::LEVEL, cap, raw) } else { T::NEG_INF };
             highest = if highest < raw { raw } else { highest };
         }
         let tops = max <= candidate;
@@ -426,7 +425,7 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
             && *class < start + block.len()
         {
             let x = block.get(class - start);
-            wanted.logits[*at] = if CAP { capped(isa, cap, x) } else { x }.to_f64();
+            wanted.logits[*at] = if CAP { capped(S::LEVEL, cap, x) } else { x }.to_f64();
             wanted.classes = others;
         }
         let far = reference.b != 0.0 || max >= T::MAX;

@@ -3,7 +3,7 @@
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
 use crate::array::{Array, Columns, ColumnsMut, DType, Element, Flags, Offsets, Out, Span, SpanMut, Vf};
-use crate::kernels::bend::Mask;
+use crate::kernels::bend::{self, Mask};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
 use crate::kernels::few::{self, Few};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
@@ -14,7 +14,7 @@ use super::api::Exec;
 use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
 use super::plan::Path;
 use super::scratch::{Buffers, SCRATCH, Scratch, Work, room};
-use super::source::{dense_row, flags, gather, multiply, row_spread, shared_stream, softcap, unbend_patches};
+use super::source::{dense_row, flags, gather, row_spread, shared_stream, softcap, unbend_patches};
 use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
 use super::targets::NONE;
 use super::tiles::{LANES, Move};
@@ -150,7 +150,7 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
             let factors = room(&mut slope, gradient.len());
             strip.fill::<E, T>(job.x, X, job.tile_read, classes, (&mut *factors, self.stride), self.offsets, self.flat);
             self.lines(strip, factors, |factors| softcap(job.level, cap, true, factors));
-            multiply(job.level, gradient, factors);
+            bend::multiply(job.level, SpanMut::of(gradient), Span::of(factors));
             *self.slope = slope;
         }
         self.masked(strip, gradient, classes, T::ZERO);

@@ -5,7 +5,7 @@
 
 use crate::array::{DType, Element, HalfRows, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::bend::Product;
-use crate::kernels::columns;
+use crate::kernels::copy;
 use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::input::{Input, Known, Raw, TWO_BLOCKS};
@@ -295,6 +295,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
             known,
             wanted,
         };
+        // For other types there is no code.
         let state = match cap {
             Some(cap) if single => level.run(ReduceCapped { row: reduce, cap, bent }),
             _ => level.run(reduce),
@@ -440,7 +441,7 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Narrow<'_, E, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        columns::narrow(isa, self.src, self.dst);
+        copy::narrow(isa, self.src, self.dst);
     }
 }
 

@@ -2,8 +2,8 @@
 //! strided classes, and the dense target stream.
 
 use crate::array::{Array, DType, Element, Flags, Float, FromNumber, Out, Span, SpanMut, Vf};
-use crate::kernels::bend::{Mask, Product, Softcap};
-use crate::kernels::columns;
+use crate::kernels::bend::{self, Mask, Softcap};
+use crate::kernels::copy;
 use crate::kernels::finish::{Tile, WIDTH};
 use crate::kernels::input::{Masked, Raw};
 use crate::kernels::math::Cap;
@@ -70,7 +70,7 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Line<'_, E, T> {
             isa.prefetch(src.address(i).wrapping_offset(next));
         }
         if !backwards {
-            return columns::widen(isa, src, SpanMut::of(dst));
+            return copy::widen(isa, src, SpanMut::of(dst));
         }
         let (step, n) = (Vf::<S, T>::LANES, src.len());
         let mut i = 0;
@@ -111,12 +111,6 @@ pub(super) fn line_of<E: Element<Acc = T>, T: Work>(
     true
 }
 
-/// Lane-wise product in place.
-pub(super) fn multiply<T: Work>(level: Level, x: &mut [T], by: &[T]) {
-    let dst = SpanMut::of(x);
-    level.run(Product { x: dst.read(), by: Span::of(by), dst });
-}
-
 /// Reads classes `start..` of a row of logits into scratch, as they are.
 pub(super) fn unbent<T: Work>(job: &Job, row: usize, start: usize, dst: &mut [T]) {
     let base = job.rows.offset(X, row);
@@ -146,7 +140,7 @@ pub(super) fn logits_and_slopes<T: Work>(job: &Job, row: usize, start: usize, ds
                 unbent(job, row, start, dst);
             }
             let dst = SpanMut::of(&mut *dst);
-            job.level.run(Softcap { cap: Cap::new(cap), slope: false, x: x.unwrap_or(dst.read()), dst, slopes });
+            bend::cap(job.level, Cap::new(cap), x.unwrap_or(dst.read()), dst, slopes);
         }
         (_, Some(cap)) => {
             unbent(job, row, start, dst);
@@ -209,14 +203,14 @@ fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: Span<T>, dst: 
 /// the logits are overwritten.
 pub(super) fn unbend<T: Work>(job: &Job, row: usize, start: usize, slopes: &[T], gradient: &mut [T]) {
     if !slopes.is_empty() {
-        multiply(job.level, gradient, slopes);
+        bend::multiply(job.level, SpanMut::of(gradient), Span::of(slopes));
     } else if let Some(cap) = job.bend.softcap {
         let mut slope = [T::ZERO; rows::BLOCK];
         for (index, gradient) in gradient.chunks_mut(rows::BLOCK).enumerate() {
             let slope = &mut slope[..gradient.len()];
             unbent(job, row, start + index * rows::BLOCK, slope);
             softcap(job.level, cap, true, slope);
-            multiply(job.level, gradient, slope);
+            bend::multiply(job.level, SpanMut::of(gradient), Span::of(slope));
         }
     }
     let gradient = SpanMut::of(gradient);

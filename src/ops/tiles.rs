@@ -1,7 +1,7 @@
 //! Into a tile of columns and out of it, for every layout: the arithmetic of a row never sees how it lies in memory.
 
 use crate::array::{Array, Columns, ColumnsMut, Element, Offsets, Out, Rows, RowsMut, Span, SpanMut};
-use crate::kernels::columns;
+use crate::kernels::copy;
 use crate::simd::{Isa, Kernel};
 use crate::tunables::tunables;
 
@@ -142,21 +142,21 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Move<'_, E, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
         match self {
-            Self::In(src, tile, ahead) => columns::copy_in(isa, src, tile, ahead),
-            Self::Out(tile, dst, stream) => columns::copy_out(isa, tile, dst, stream),
-            Self::PairsIn(src, tile) => columns::deinterleave_in(isa, src, tile),
-            Self::PairsOut(tile, dst) => columns::interleave_out(isa, tile, dst),
-            Self::RowsIn(src, tile) => columns::transpose_in(isa, src, tile),
-            Self::RowsOut(tile, dst) => columns::transpose_out(isa, tile, dst),
+            Self::In(src, tile, ahead) => copy::copy_in(isa, src, tile, ahead),
+            Self::Out(tile, dst, stream) => copy::copy_out(isa, tile, dst, stream),
+            Self::PairsIn(src, tile) => copy::deinterleave_in(isa, src, tile),
+            Self::PairsOut(tile, dst) => copy::interleave_out(isa, tile, dst),
+            Self::RowsIn(src, tile) => copy::transpose_in(isa, src, tile),
+            Self::RowsOut(tile, dst) => copy::transpose_out(isa, tile, dst),
             Self::Widen(src, dst) => {
                 for r in 0..src.count() {
-                    columns::widen(isa, src.row(r), dst.part(r * src.len(), src.len()));
+                    copy::widen(isa, src.row(r), dst.part(r * src.len(), src.len()));
                 }
             }
             Self::Narrow(src, dst) => {
                 let len = dst.row(0).read().len();
                 for r in 0..dst.count() {
-                    columns::narrow(isa, src.part(r * len, len), dst.row(r));
+                    copy::narrow(isa, src.part(r * len, len), dst.row(r));
                 }
             }
         }
