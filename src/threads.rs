@@ -1,33 +1,95 @@
 //! The one door to rayon.
 //!
 //! The pool is private, started at the first call that wants it, and belongs to the process that started it: a forked child, in which the
-//! workers do not exist, builds its own and leaves the inherited one alone. There is no lock, so a fork cannot copy a held one.
+//! workers do not exist, builds its own and leaves the inherited one alone, with whatever lock was held.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::place::{Seat, make_way};
+
+/// What a helper is called for.
+type Work = Arc<dyn Fn() + Send + Sync>;
 
 struct Pool {
     process: u32,
     seats: Box<[Seat]>,
     threads: rayon::ThreadPool,
+    /// What no helper has taken yet, and how much that is.
+    queue: Mutex<VecDeque<Work>>,
+    pending: AtomicUsize,
+    /// Helpers that turn until there is more to do.
+    waiting: AtomicUsize,
+    /// Callers that are about to have something, and those whose work is being done.
+    announced: AtomicUsize,
+    active: AtomicUsize,
 }
 
+/// How long a helper turns before it sleeps: about a tenth of a millisecond. It takes half of that to wake one.
+const PATIENCE: usize = 1 << 11;
+
 impl Pool {
-    /// Has threads do something, one each.
-    fn call(&'static self, threads: usize, job: impl Fn() + Clone + Send + 'static) {
+    /// Has helpers do something, one each.
+    fn call(&'static self, helpers: usize, work: &Work) {
+        let Ok(mut queue) = self.queue.lock() else { return };
+        queue.extend((0..helpers).map(|_| Arc::clone(work)));
+        let pending = queue.len();
+        self.pending.store(pending, Ordering::SeqCst);
+        drop(queue);
+        self.wake(helpers.min(pending.saturating_sub(self.waiting.load(Ordering::SeqCst))));
+    }
+
+    /// Wakes helpers that sleep.
+    fn wake(&'static self, helpers: usize) {
+        if helpers == 0 {
+            return;
+        }
         make_way(self.seats.iter());
-        for _ in 0..threads {
-            let job = job.clone();
+        for _ in 0..helpers {
             self.threads.spawn(move || {
-                job();
+                self.serve();
                 if let Some(seat) = rayon::current_thread_index().and_then(|index| self.seats.get(index)) {
                     seat.leave();
                 }
             });
         }
+    }
+
+    /// What a helper does while it is awake.
+    fn serve(&self) {
+        let mut patience = 0;
+        loop {
+            while let Some(work) = self.take() {
+                work();
+                // Where several callers share the processors a helper that only turns is in their way.
+                patience = if self.active.load(Ordering::Relaxed) > 1 { 0 } else { PATIENCE };
+            }
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            let mut turns = 0;
+            while self.pending.load(Ordering::Relaxed) == 0
+                && (turns < patience || turns < PATIENCE && self.announced.load(Ordering::Relaxed) > 0)
+            {
+                core::hint::spin_loop();
+                turns += 1;
+            }
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+            // A caller who counted on this helper has put the work there before it looked.
+            if self.pending.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+        }
+    }
+
+    fn take(&self) -> Option<Work> {
+        if self.pending.load(Ordering::SeqCst) == 0 {
+            return None;
+        }
+        let mut queue = self.queue.lock().ok()?;
+        let work = queue.pop_front();
+        self.pending.store(queue.len(), Ordering::SeqCst);
+        work
     }
 }
 
@@ -48,7 +110,9 @@ fn pool(workers: usize) -> Option<&'static Pool> {
     // Until each has started: what the C library allocates for a thread's start, it aborts for when it cannot be had any more.
     let seats: Box<[Seat]> = (0..workers).map(|_| Seat::default()).collect();
     threads.broadcast(|thread| seats[thread.index()].take());
-    let made = Box::into_raw(Box::new(Pool { process, seats, threads }));
+    let [pending, waiting, announced, active] = [0; 4].map(AtomicUsize::new);
+    let queue = Mutex::new(VecDeque::with_capacity(2 * workers));
+    let made = Box::into_raw(Box::new(Pool { process, seats, threads, queue, pending, waiting, announced, active }));
     if POOL.compare_exchange(current, made, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         // A smaller pool of this process, or the parent's, stays behind: others may be using it.
         // SAFETY: just published, never freed.
@@ -105,7 +169,7 @@ impl Region {
 }
 
 /// Closes a region and waits for those inside, also when the caller's own share panics.
-struct Close<'r>(&'r Region);
+struct Close<'r>(&'r Region, &'static Pool);
 
 impl Drop for Close<'_> {
     fn drop(&mut self) {
@@ -120,36 +184,26 @@ impl Drop for Close<'_> {
             }
             turns = turns.saturating_add(1);
         }
+        self.1.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Threads that have been called and wait for work, for a while.
-pub struct Awake(Arc<AtomicBool>);
+/// Helpers that turn until there is work, for a while.
+pub struct Awake(&'static Pool);
 
 impl Drop for Awake {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.announced.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// How long a thread that has been called waits for work, turning: about a tenth of a millisecond. It takes half of that to wake one.
-const PATIENCE: usize = 1 << 11;
-
-/// Calls the threads that [`for_each`] is about to need, so that they wake while the caller prepares the work; to be dropped before that.
+/// Calls the threads that [`for_each`] is about to need, so that they wake while the caller prepares the work; to be dropped after that.
 pub fn wake(threads: usize) -> Option<Awake> {
     let helpers = threads.saturating_sub(1);
     let pool = if helpers > 0 { pool(helpers) } else { None }?;
-    let called = Awake(Arc::new(AtomicBool::new(false)));
-    let released = Arc::clone(&called.0);
-    pool.call(helpers, move || {
-        for _ in 0..PATIENCE {
-            if released.load(Ordering::Relaxed) {
-                break;
-            }
-            core::hint::spin_loop();
-        }
-    });
-    Some(called)
+    pool.announced.fetch_add(1, Ordering::Relaxed);
+    pool.wake(helpers.saturating_sub(pool.waiting.load(Ordering::SeqCst)));
+    Some(Awake(pool))
 }
 
 /// Runs `task(0)`, …, `task(tasks - 1)`, each once, on at most `threads` threads, the calling one included.
@@ -164,9 +218,11 @@ pub fn for_each(threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     let region =
         Arc::new(Region { task: forever, tasks, next: AtomicUsize::new(0), inside: AtomicUsize::new(0), panicked: AtomicBool::new(false) });
     let shared = Arc::clone(&region);
-    pool.call(helpers, move || shared.help());
+    let work: Work = Arc::new(move || shared.help());
     {
-        let _close = Close(&region);
+        let _close = Close(&region, pool);
+        pool.active.fetch_add(1, Ordering::Relaxed);
+        pool.call(helpers, &work);
         region.work(task);
     }
     assert!(!region.panicked.load(Ordering::Relaxed), "a task panicked");

@@ -1,14 +1,14 @@
 //! The plain case of few classes: one index target per row and nothing that weighs it.
 //!
-//! A row stays in one lane and, but for its sum and the exponential of its maximum, in the type of the logits, so that 16 rows cost one logarithm and
-//! one division. What it is made of comes from [`super::finish`], which has it for everything else.
+//! A row stays in one lane and in the type of the logits, so that 16 rows cost one logarithm and one division. What it is made of comes from
+//! [`super::finish`], which has it for everything else. Of two classes one exponential says all.
 
 use crate::array::{ColumnsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 
-use super::finish::{Odds, others};
+use super::finish::Odds;
 use super::math::{Anchored, Exp, Real};
-use super::state::{Summand, Wide, splat};
+use super::state::{Summand, splat};
 
 /// A tile of logits, as a kernel; see [`super::columns`] for what a tile is. The result says whether rows were left to [`super::finish`]: those
 /// whose maximum is not finite or off the grid of the integer reduction, and those with a NaN. Their losses are NaN.
@@ -46,13 +46,11 @@ struct Rows<'a, T> {
     ties: SpanMut<'a, T>,
     /// Of the target.
     logit: SpanMut<'a, T>,
-    /// The sum of the exponentials but for one maximum, relative to it, and 1/e(max).
-    others: SpanMut<'a, T>,
-    over: SpanMut<'a, T>,
-    /// The gradient: what multiplies the exponentials (where `over` was), and the value at the target.
+    /// The sum of the exponentials but for the maxima.
+    rest: SpanMut<'a, T>,
+    /// The gradient: what multiplies the exponentials, and the value at the target.
     slope: SpanMut<'a, T>,
     patch: SpanMut<'a, T>,
-    /// The sums, then the losses.
     loss: SpanMut<'a, f64>,
 }
 
@@ -63,17 +61,20 @@ impl<T: Summand> Kernel for Few<'_, T> {
         let Self { scale, g, x, rows, target, loss, lanes } = self;
         let whole = rows.next_multiple_of(Vf::<S, T>::LANES);
         let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
-        let [max, ties, logit, others, over, patch] = [0, 1, 2, 3, 4, 5].map(|i| lanes.part(i * whole, whole));
-        let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, others, over, slope: over, patch, loss };
+        let [max, ties, logit, rest, slope, patch] = [0, 1, 2, 3, 4, 5].map(|i| lanes.part(i * whole, whole));
+        let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, rest, slope, patch, loss };
+        if x.read().classes() == 2 {
+            return pairs::<S, T>(isa, scale, g, x, rows);
+        }
         // Several loops: each is short enough for the processor to have several vectors of rows in flight.
-        let Some(g) = g else {
-            sum::<S, T, false>(isa, scale, x, rows);
-            relative::<S, T>(isa, scale, rows);
-            return lose::<S, T, false>(isa, scale, 0.0, rows);
-        };
-        sum::<S, T, true>(isa, scale, x, rows);
-        relative::<S, T>(isa, scale, rows);
-        let left = lose::<S, T, true>(isa, scale, g, rows);
+        match g {
+            Some(_) => sum::<S, T, true>(isa, scale, x, rows),
+            None => sum::<S, T, false>(isa, scale, x, rows),
+        }
+        let left = lose::<S, T>(isa, scale, g, rows);
+        if g.is_none() {
+            return left;
+        }
         let (step, one) = (Vf::<S, T>::LANES, splat::<S, T>(isa, 1.0));
         for k in 0..whole / step {
             let (class, j) = (rows.class.nth(k, step).load(isa, 0), k * step);
@@ -89,7 +90,7 @@ impl<T: Summand> Kernel for Few<'_, T> {
     }
 }
 
-/// Classes that are summed in the type of the logits: few enough additions to each of four accumulators.
+/// Classes that are summed one by one, to four accumulators: long chains of additions would lose digits.
 const TOGETHER: usize = 16;
 
 /// What is gathered of the classes of a row in each lane.
@@ -161,7 +162,7 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
         let origin = Vf::<S, T>::select(near, max, zero);
         let at = exp.anchor(exp.reference(origin));
         let mut row = Lane { rest: [zero; 4], below: whole, logit: zero, number: zero };
-        let mut sum = Wide::zero(isa);
+        let mut sum = zero;
         let mut c = 0;
         while c < classes {
             let end = classes.min(c + TOGETHER);
@@ -178,58 +179,74 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
                 c += 1;
             }
             let [r0, r1, r2, r3] = core::mem::replace(&mut row.rest, [zero; 4]);
-            T::add(isa, &mut sum, r0 + r1);
-            T::add(isa, &mut sum, r2 + r3);
+            sum = sum + ((r0 + r1) + (r2 + r3));
         }
         rows.max.nth(i, step).store(isa, 0, origin);
         rows.ties.nth(i, step).store(isa, 0, Vf::<S, T>::select(near, all - row.below, zero));
         rows.logit.nth(i, step).store(isa, 0, row.logit);
-        T::store_columns(isa, sum, rows.loss.nth(i, step), 0);
+        rows.rest.nth(i, step).store(isa, 0, sum);
     }
 }
 
-/// The sums relative to one maximum, without it, and 1/e(max): in float64, as their errors are those of every digit of a confident row.
+/// Losses, and with g the coefficients of the gradient. Whether rows were left.
 #[inline(always)]
-fn relative<S: Isa, T: Summand>(isa: S, scale: f64, rows: Rows<T>) {
-    let (step, exp, wide) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale), Exp::<S::F64>::new(isa, scale));
-    for i in 0..rows.class.len() / step {
-        let max = rows.max.read().nth(i, step).load(isa, 0);
-        let [mut max_of, mut k_of, mut ties_of, mut rest_of] = [[0.0_f64; 16]; 4];
-        T::store_wide(isa, max, SpanMut::of(&mut max_of), 0);
-        T::store_wide(isa, exp.reference(max), SpanMut::of(&mut k_of), 0);
-        T::store_wide(isa, rows.ties.read().nth(i, step).load(isa, 0), SpanMut::of(&mut ties_of), 0);
-        for r in (0..step).step_by(S::F64::LANES) {
-            let rest = rows.loss.read().nth(i, step).load(isa, r);
-            let over = wide.exp2(-Span::of(&max_of).load(isa, r), -Span::of(&k_of).load(isa, r));
-            SpanMut::of(&mut max_of).store(isa, r, over);
-            SpanMut::of(&mut rest_of).store(isa, r, others(isa, Span::of(&ties_of).load(isa, r), rest, over));
-        }
-        rows.others.nth(i, step).store(isa, 0, T::load_wide(isa, Span::of(&rest_of), 0));
-        rows.over.nth(i, step).store(isa, 0, T::load_wide(isa, Span::of(&max_of), 0));
-    }
-}
-
-/// Losses, and with STORE the coefficients of the gradient. Whether rows were left.
-#[inline(always)]
-fn lose<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, g: f64, rows: Rows<T>) -> bool {
+fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, rows: Rows<T>) -> bool {
     let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale));
     let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));
-    let (scale, g) = (splat::<S, T>(isa, scale), splat::<S, T>(isa, g * scale));
+    let (gradient, g) = (g.is_some(), splat::<S, T>(isa, g.unwrap_or(0.0) * scale));
+    let scale = splat::<S, T>(isa, scale);
     let mut left = false;
     for i in 0..rows.class.len() / step {
         let (max, ties) = (rows.max.read().nth(i, step).load(isa, 0), rows.ties.read().nth(i, step).load(isa, 0));
-        let (logit, others) = (rows.logit.read().nth(i, step).load(isa, 0), rows.others.read().nth(i, step).load(isa, 0));
+        let (logit, rest) = (rows.logit.read().nth(i, step).load(isa, 0), rows.rest.read().nth(i, step).load(isa, 0));
+        let over = exp.over(max);
+        let others = (ties - one) + over.times(rest);
         let odds = Odds::of(isa, others);
         let good = zero.lt(ties).and(others.eq(others));
         let value = Vf::<S, T>::select(good, odds.loss((max - logit) * scale, one), bad);
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);
         left |= good.count() < step;
-        if STORE {
-            let inverse = odds.p_max * rows.over.read().nth(i, step).load(isa, 0);
+        if gradient {
+            let inverse = over.times(odds.p_max);
             let (p, q) = exp.anchor(exp.reference(max)).parts(logit);
             let patch = Vf::<S, T>::select(logit.eq(max), odds.at_max(isa, one, (zero, one), None), (p * q) * inverse - one);
             rows.slope.nth(i, step).store(isa, 0, g * inverse);
             rows.patch.nth(i, step).store(isa, 0, g * patch);
+        }
+    }
+    left
+}
+
+/// All of it for two classes. With g the gradient takes the place of the logits. Whether rows were left.
+#[inline(always)]
+fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, x: ColumnsMut<T>, rows: Rows<T>) -> bool {
+    let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale));
+    let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));
+    let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / scale);
+    let (gradient, g) = (g.is_some(), splat::<S, T>(isa, g.unwrap_or(0.0) * scale));
+    let scale = splat::<S, T>(isa, scale);
+    let mut left = false;
+    for i in 0..rows.class.len() / step {
+        let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
+        let (x0, x1) = (x.read().load_whole(isa, 0, j), x.read().load_whole(isa, 1, j));
+        // In these orders one of them is NaN if a logit is.
+        let (max, other) = (x0.max(x1), x1.min(x0));
+        let origin = Vf::<S, T>::select(max.abs().le(limit), max, zero);
+        let (p, q) = exp.anchor(exp.reference(origin)).parts(other);
+        let others = Vf::<S, T>::select(other.eq(max), one, exp.over(origin).times(p * q));
+        let odds = Odds::of(isa, others);
+        let second = class.eq(one);
+        let logit = Vf::<S, T>::select(second, x1, x0);
+        let good = max.eq(origin).and(others.eq(others));
+        let value = Vf::<S, T>::select(good, odds.loss((max - logit) * scale, one), bad);
+        T::store_wide(isa, value, rows.loss.nth(i, step), 0);
+        left |= good.count() < step;
+        if gradient {
+            // The probability of the other class, which pulls one up and the other down.
+            let pull = g * Vf::<S, T>::select(logit.eq(max), others * odds.p_max, odds.p_max);
+            let first = Vf::<S, T>::select(second, pull, -pull);
+            x.store_whole(isa, 0, j, first);
+            x.store_whole(isa, 1, j, -first);
         }
     }
     left

@@ -257,6 +257,8 @@ pub struct Exp<V: Vector> {
     magic: V,
     hi: V,
     lo: V,
+    /// Of `hi`.
+    inverse: V,
     octave: V::Octave,
 }
 
@@ -274,7 +276,15 @@ where
         let first = V::Elem::from_f64(hi);
         let second = V::Elem::from_f64((hi - first.to_f64()) + lo);
         let octave = V::octave(isa, &V::Elem::OCTAVE);
-        Self { isa, magic: V::splat(isa, V::Elem::MAGIC), hi: V::splat(isa, first), lo: V::splat(isa, second), octave }
+        let inverse = V::Elem::from_f64(1.0 / hi);
+        Self {
+            isa,
+            magic: V::splat(isa, V::Elem::MAGIC),
+            hi: V::splat(isa, first),
+            lo: V::splat(isa, second),
+            inverse: V::splat(isa, inverse),
+            octave,
+        }
     }
 
     /// `2^(x·scale·log2 e − k)` for integral k. x is NaN (which gives NaN) or |x·scale| <= `LIMIT + CLAMP`.
@@ -306,6 +316,15 @@ where
         self.round(m) + V::splat(self.isa, V::Elem::from_f64(1.0 - V::Elem::BIAS.to_f64()))
     }
 
+    /// 1/e(m) of a maximum m, where exponentials are relative to its [`Exp::reference`]. m is finite.
+    #[inline(always)]
+    pub fn over(self, m: V) -> Over<V> {
+        let n = self.round(m);
+        let r = m.neg_mul_add(self.lo, m.neg_mul_add(self.hi, n));
+        let unit = V::Elem::from_f64(f64::from_bits((1024 - V::Elem::BIAS.to_f64() as u64) << 52));
+        Over { less_one: r * pow2_slope(self.isa, r, 0), unit: V::splat(self.isa, unit) }
+    }
+
     /// x·scale·log2 e to the nearest integer (of the product with the first part alone: off by |x·scale|·2^-digits at most).
     #[inline(always)]
     fn round(self, x: V) -> V {
@@ -330,13 +349,28 @@ where
         let bias = V::splat(self.isa, V::Elem::EXPONENT_BIAS);
         // 1.5·2^(digits − 1 − STEPS): sums with it are rounded to whole steps.
         let magic = V::splat(self.isa, V::Elem::from_f64(V::Elem::MAGIC.to_f64() / f64::from(1_u32 << V::STEPS)));
-        (magic + (bias - k), (k - bias) / self.hi)
+        (magic + (bias - k), (k - bias) * self.inverse)
     }
 
     /// An anchor from [`Exp::anchor_parts`].
     #[inline(always)]
     pub fn anchored(self, magic: V, floor: V) -> Anchored<V> {
         Anchored { isa: self.isa, hi: self.hi, lo: self.lo, magic, floor, octave: self.octave }
+    }
+}
+
+/// The inverse of a maximum's exponential, as 1 + `less_one` times a power of two: with more digits than one number of the type has.
+#[derive(Clone, Copy, Debug)]
+pub struct Over<V> {
+    less_one: V,
+    unit: V,
+}
+
+impl<V: Vector> Over<V> {
+    /// A product with it.
+    #[inline(always)]
+    pub fn times(self, x: V) -> V {
+        x.mul_add(self.less_one, x) * self.unit
     }
 }
 

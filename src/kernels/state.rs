@@ -97,6 +97,18 @@ impl<S: Isa> Wide<S> {
         Self { a: zero, b: zero }
     }
 
+    /// From the parts of a sum in float64.
+    #[inline(always)]
+    pub fn of(sum: S::F64, lost: S::F64) -> Self {
+        Self { a: sum, b: lost }
+    }
+
+    /// The parts, of a sum in float64: the second is what roundings took off the first.
+    #[inline(always)]
+    pub fn parts(self) -> (S::F64, S::F64) {
+        (self.a, self.b)
+    }
+
     /// Adds another sum, lane by lane.
     #[inline(always)]
     pub fn merge(&mut self, other: Self) {

@@ -7,7 +7,6 @@ use crate::kernels::bend::{self, Mask};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
 use crate::kernels::few::{self, Few};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
-use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Vector};
 
 use super::api::Exec;
@@ -15,7 +14,7 @@ use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
 use super::plan::Path;
 use super::scratch::{Buffers, SCRATCH, Scratch, Work, room};
 use super::source::{dense_row, flags, gather, row_spread, shared_stream, softcap, unbend_patches};
-use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
+use super::strip::{Finish, Strip, Total, collect, ignored, prepare, targets};
 use super::targets::NONE;
 use super::tiles::{LANES, Move};
 
@@ -215,12 +214,11 @@ impl ByClass {
     }
 }
 
-/// Rows `first..last`, in strips; the sum of their losses.
-pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch) -> Pair {
-    let mut sum = Pair::default();
+/// Rows `first..last`, in strips; their losses are added to `total`.
+pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
     let mut kept = [0; WIDTH];
     // Whole vectors of any level.
-    let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, 128);
+    let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, WIDTH);
     let width = if job.classes.size > BLOCK { WIDTH } else { width };
     let plain = all_plain::<T>(job);
     let mut row = first;
@@ -238,13 +236,16 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
         }
         if n > 0 {
             let rows = Strip::new(job, &kept[..n]);
-            sum.merge(if plain { plain_strip::<E, T>(&rows, width, scratch) } else { strip::<E, T>(&rows, width, scratch) });
+            if plain {
+                plain_strip::<E, T>(&rows, width, scratch, total);
+            } else {
+                strip::<E, T>(&rows, width, scratch, total);
+            }
         }
         if row - start > n {
             ignored(job, start, row, &kept[..n]);
         }
     }
-    sum
 }
 
 /// Whether losses are those of [`Few`]: index targets in float32, and nothing but what multiplies the loss of a row or replaces its logits.
@@ -269,15 +270,40 @@ fn all_plain<T: Work>(job: &Job) -> bool {
 }
 
 /// The classes of a strip as numbers; of rows without one, any.
-fn numbers<T: Work>(strip: &Strip, target: &mut [T; WIDTH]) {
-    let Some(labels) = &strip.job.labels else { return };
-    // There are few classes: half of the integer is all of it, and what vectors can convert.
-    let number = |class: i64| T::number_f32(class as i32 as f32);
-    if strip.run {
-        let class = &labels.class[strip.kept[0]..][..strip.kept.len()];
-        target.iter_mut().zip(class).for_each(|(target, &class)| *target = number(class));
-    } else {
-        target.iter_mut().zip(strip.kept).for_each(|(target, &row)| *target = number(labels.class[row]));
+struct Numbers<'s, T> {
+    labels: &'s [i64],
+    /// Whose they are, but for a run of all of them.
+    rows: Option<&'s [usize]>,
+    target: &'s mut [T],
+}
+
+impl<'s, T: Work> Numbers<'s, T> {
+    fn of(strip: &'s Strip, target: &'s mut [T]) -> Self {
+        let labels = strip.job.labels.as_ref().map_or(&[][..], |labels| &labels.class);
+        if strip.run {
+            return Self { labels: &labels[strip.kept[0]..][..strip.kept.len()], rows: None, target };
+        }
+        Self { labels, rows: Some(strip.kept), target }
+    }
+}
+
+impl<T: Work> Kernel for Numbers<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, _isa: S) {
+        // There are few classes: half of the integer is all of it, and what vectors can convert.
+        match self.rows {
+            None => {
+                for (target, &class) in self.target.iter_mut().zip(self.labels) {
+                    *target = T::number_f32(class as i32 as f32);
+                }
+            }
+            Some(rows) => {
+                for (target, &row) in self.target.iter_mut().zip(rows) {
+                    *target = T::number_f32(self.labels[row] as i32 as f32);
+                }
+            }
+        }
     }
 }
 
@@ -323,8 +349,12 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
     let g = out.map(|_| 1.0 / divisor);
     let lanes = room(&mut single.block, few::LANES * stride);
     let left = exec.level.run(Few { scale: 1.0, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes });
-    let sum = if left { None } else { Some(exec.level.run(Sum(&mut tile.loss, n)).value() / divisor) };
-    if let (Some(_), Some(out)) = (sum, out) {
+    let mean = (!left).then(|| {
+        let mut total = Total::default();
+        total.add(exec.level, &mut tile.loss, n);
+        total.value().value() / divisor
+    });
+    if let (Some(_), Some(out)) = (mean, out) {
         exec.level.run(if classes == 2 {
             Move::<f32, f32>::PairsOut(tiled.read(), out.span(0, 2 * n))
         } else {
@@ -332,11 +362,11 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
         });
     }
     SCRATCH.set(Some(scratch));
-    sum
+    mean
 }
 
-/// One strip in the plain case. The sum of its losses.
-fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scratch: &mut Scratch) -> Pair {
+/// One strip in the plain case.
+fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
@@ -345,12 +375,11 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
     let mut x = core::mem::take(x);
     let logits = room(&mut x, classes * stride);
     strip.fill::<E, T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
-    let mut target = [T::ZERO; WIDTH];
-    numbers(strip, &mut target);
+    let (target, lanes) = room(flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
+    job.level.run(Numbers::of(strip, target));
     let g = job.out.map(|_| job.g);
     let tiled = ColumnsMut::of(logits, stride, classes, stride);
-    let lanes = room(flat, few::LANES * WIDTH);
-    let left = job.level.run(Few { scale: job.terms.scale, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes });
+    let left = job.level.run(Few { scale: job.terms.scale, g, x: tiled, rows: n, target, loss: &mut tile.loss, lanes });
     // Only adjacent rows are in a strip without being kept.
     if !job.weights.all && job.tile_read == Path::Columns {
         for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
@@ -363,7 +392,9 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
         let mut loss = tile.loss.clone();
         let nan: Vec<bool> = loss.iter().map(|loss| loss.is_nan()).collect();
         for slot in (0..n).filter(|&slot| nan[slot]) {
-            loss[slot] = self::strip::<E, T>(&Strip::new(job, &kept[slot..=slot]), stride, scratch).value();
+            let mut one = Total::default();
+            self::strip::<E, T>(&Strip::new(job, &kept[slot..=slot]), stride, scratch, &mut one);
+            loss[slot] = one.value().value();
             if let Some(out) = job.out {
                 gather(out.array(), OUT, &job.classes, job.rows.offset(OUT, kept[slot]), 0, &mut logits[slot..], classes, stride);
             }
@@ -378,13 +409,12 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
         strip.empty::<E, T>(out, (0, classes), (logits, stride), &mut offsets, flat);
     }
     *kept_x = x;
-    let sum = job.level.run(Sum(&mut tile.loss, n));
+    total.add(job.level, &mut tile.loss, n);
     scratch.offsets = offsets;
-    sum
 }
 
-/// One strip: fills, reduces, finishes, emits. The sum of its losses.
-fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch) -> Pair {
+/// One strip: fills, reduces, finishes, emits.
+fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let few = classes <= BLOCK;
@@ -438,10 +468,9 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     let mut losses = [f64::NAN; WIDTH];
     if few && self::plain::<T>(job) {
         let tiled = ColumnsMut::of(x, stride, classes, stride);
-        let mut target = [T::ZERO; WIDTH];
-        numbers(strip, &mut target);
-        let lanes = room(operands.flat, few::LANES * WIDTH);
-        job.level.run(Few { scale: job.terms.scale, g: None, x: tiled, rows: n, target: &target, loss: &mut losses, lanes });
+        let (target, lanes) = room(operands.flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
+        job.level.run(Numbers::of(strip, target));
+        job.level.run(Few { scale: job.terms.scale, g: None, x: tiled, rows: n, target, loss: &mut losses, lanes });
     }
     // Where the only target of each row stands in the tile. What is left out gets the target 0, and results that are overwritten.
     let mut index = [0; WIDTH];
@@ -536,9 +565,10 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
             strip.empty::<E, T>(out, (first, count), (x, stride), operands.offsets, operands.flat);
         }
     }
-    let sum = if job.kind == Kind::Loss { job.level.run(Sum(&mut tile.loss, n)) } else { Pair::default() };
+    if job.kind == Kind::Loss {
+        total.add(job.level, &mut tile.loss, n);
+    }
     scratch.offsets = core::mem::take(offsets);
-    sum
 }
 
 /// The exact values at a lone maximum and at the sparse targets: those at `index`, or found by class if there are several blocks.

@@ -11,7 +11,7 @@ use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::input::{Input, Known, Raw, TWO_BLOCKS};
 use crate::kernels::rows::{BLOCK, Reduce, ReduceCapped, Wanted};
 use crate::kernels::short::{MOST_SHORT, Short};
-use crate::kernels::state::{Pair, Reference, State};
+use crate::kernels::state::{Reference, State};
 use crate::simd::{Isa, Kernel};
 use crate::tunables::tunables;
 
@@ -21,7 +21,7 @@ use super::source::{
     self, adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, target_slopes, unbend, unbend_patches,
     unbent,
 };
-use super::strip::{Finish, Strip, Sum, collect, ignored, prepare, targets};
+use super::strip::{Finish, Strip, Total, collect, ignored, prepare, targets};
 use super::targets::NONE;
 
 /// Bytes of short rows that are worked on together: they stay in L1, or not far from it, until they are written.
@@ -36,8 +36,8 @@ const STREAMED: usize = 2 << 10;
 /// Rows of so many classes are long: what was read of them is not in the first cache any more when they are written.
 const LONG: usize = 4 * BLOCK;
 
-/// Rows `first..last`; the sum of their losses.
-pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch) -> Pair {
+/// Rows `first..last`; their losses are added to `total`.
+pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
     let short = job.classes.size <= BLOCK && !job.terms.dense;
     let width = if short {
         (ROOM / (job.classes.size * size_of::<T>())).clamp(16, MOST_SHORT)
@@ -48,7 +48,6 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
         16
     };
     shared_stream(job, &mut T::buffers(scratch).1.shared);
-    let mut sum = Pair::default();
     let mut kept = [0; WIDTH];
     let mut known = Known::default();
     let mut row = first;
@@ -58,17 +57,16 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
         if n > 0 {
             let strip = Strip::new(job, &kept[..n]);
             if short {
-                sum.merge(short_rows::<E, T>(&strip, scratch));
+                short_rows::<E, T>(&strip, scratch, total);
             } else {
                 let next = (row..last).find(|&row| job.kept(row));
-                sum.merge(long_rows::<E, T>(&strip, next, &mut known, scratch));
+                long_rows::<E, T>(&strip, next, &mut known, scratch, total);
             }
         }
         if row - start > n {
             ignored(job, start, row, &kept[..n]);
         }
     }
-    sum
 }
 
 /// How the results of a call come about.
@@ -97,7 +95,7 @@ impl Way {
 }
 
 /// Rows of one block each.
-fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch) -> Pair {
+fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
@@ -186,13 +184,18 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
             _ => patch::<E>(strip, tile, out, at_once),
         }
     }
-    let sum = settle(strip, tile);
+    settle(strip, tile, total);
     scratch.offsets = offsets;
-    sum
 }
 
 /// Rows of many blocks, or with a dense stream. `next` is the row after them, whose first maximum goes to `known`.
-fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, scratch: &mut Scratch) -> Pair {
+fn long_rows<E: Element<Acc = T>, T: Work>(
+    strip: &Strip,
+    next: Option<usize>,
+    known: &mut Known<T>,
+    scratch: &mut Scratch,
+    total: &mut Total,
+) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
     let blocks = classes.div_ceil(BLOCK);
@@ -303,7 +306,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         put(tile, slot, &state);
     }
     level.run(Finish { terms: &terms, tile, rows: (0, n), single });
-    let Some(out) = job.out else { return settle(strip, tile) };
+    let Some(out) = job.out else { return settle(strip, tile, total) };
     if folds {
         for (at, slope) in slopes_at {
             tile.patch[at] = slope.map_or(0.0, |slope| tile.patch[at] * slope);
@@ -369,7 +372,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, next: Option<usize>, k
         }
     }
     patch::<E>(strip, tile, out, at_once);
-    settle(strip, tile)
+    settle(strip, tile, total);
 }
 
 /// One logit.
@@ -493,13 +496,15 @@ fn patch<E: Element>(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
     targets(strip, |slot, j, class| set(slot, class, tile.patch[j * WIDTH + slot]));
 }
 
-/// Writes row results; the sum of the losses.
-fn settle(strip: &Strip, tile: &mut Tile) -> Pair {
+/// Writes row results and adds the losses.
+fn settle(strip: &Strip, tile: &mut Tile, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let loss = job.kind == Kind::Loss;
     if let Some(result) = job.result {
         let values = if loss { &tile.loss } else { &tile.lse };
         strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &values[slot..], 1));
     }
-    if loss { job.level.run(Sum(&mut tile.loss, kept.len())) } else { Pair::default() }
+    if loss {
+        total.add(job.level, &mut tile.loss, kept.len());
+    }
 }

@@ -78,9 +78,9 @@ pub fn cross_entropy(
     };
     job.labels = labels;
     afford(exec, &job)?;
-    drop(awake);
     // Rows without classes lose nothing; there may be any number of them.
     let sum = if job.classes.size == 0 && rows.is_none() && options.z_loss == 0.0 { 0.0 } else { job.run(exec)? };
+    drop(awake);
     Ok(match options.reduction {
         Reduction::Mean => sum / divisor,
         Reduction::Sum => sum,

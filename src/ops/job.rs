@@ -14,6 +14,7 @@ use super::api::{Error, Exec};
 use super::plan::{Axes, Operands, Path, path, tile_path, with_axes};
 use super::scratch::SCRATCH;
 use super::source::Bend;
+use super::strip::Total;
 use super::targets::{Labels, RowWeights, filled, row_shape};
 use super::with_element;
 use super::{by_columns, by_rows};
@@ -253,15 +254,16 @@ impl<'a> Job<'a> {
             let first = task * self.rows_per_task;
             let last = self.rows.size.min(first + self.rows_per_task);
             let mut scratch = SCRATCH.take().unwrap_or_default();
-            let sum = with_element!(self.x.dtype(), E => {
+            let mut sum = Total::default();
+            with_element!(self.x.dtype(), E => {
                 if self.by_rows {
-                    by_rows::run::<E, _>(self, first, last, &mut scratch)
+                    by_rows::run::<E, _>(self, first, last, &mut scratch, &mut sum);
                 } else {
-                    by_columns::run::<E, _>(self, first, last, &mut scratch)
+                    by_columns::run::<E, _>(self, first, last, &mut scratch, &mut sum);
                 }
             });
             SCRATCH.set(Some(scratch));
-            Ok(sum)
+            Ok(sum.value())
         };
         let mut total = Pair::default();
         if !self.shared(exec) {

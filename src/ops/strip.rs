@@ -3,7 +3,7 @@
 use crate::array::{Offsets, Span, SpanMut};
 use crate::kernels::finish::{Plain, Terms, Tile, WIDTH, finish};
 use crate::kernels::state::{Pair, Summand, Wide};
-use crate::simd::{Isa, Kernel, Vector};
+use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::job::{Job, Kind, OUT, RESULT, UPSTREAM};
 use super::source::row_spread;
@@ -74,7 +74,7 @@ impl<'j, 'a> Strip<'j, 'a> {
     }
 }
 
-/// The coefficients of a strip. The sum of its losses, which are rounded to the type of the rows.
+/// The coefficients of a strip, and its losses, rounded to the type of the rows.
 pub(super) struct Finish<'s> {
     pub(super) terms: &'s Terms,
     pub(super) tile: &'s mut Tile,
@@ -99,19 +99,50 @@ impl Kernel for Finish<'_> {
     }
 }
 
-/// The sum of the losses of a strip.
-pub(super) struct Sum<'s>(pub(super) &'s mut [f64], pub(super) usize);
+/// A sum of losses, strip by strip: in lanes whose number no level changes.
+#[derive(Default)]
+pub(super) struct Total {
+    sums: [f64; Self::LANES],
+    lost: [f64; Self::LANES],
+}
+
+impl Total {
+    const LANES: usize = 8;
+
+    /// Adds the losses of the first `n` rows; those of a few after them are overwritten.
+    pub(super) fn add(&mut self, level: Level, loss: &mut [f64], n: usize) {
+        let loss = &mut loss[..n.next_multiple_of(Self::LANES)];
+        loss[n..].fill(0.0);
+        level.run(Sum(self, loss));
+    }
+
+    pub(super) fn value(&self) -> Pair {
+        let mut total = Pair::default();
+        for (&sum, lost) in self.sums.iter().zip(self.lost) {
+            total.add(sum);
+            // What an infinite sum lost is NaN.
+            total.lo += if lost.is_nan() { 0.0 } else { lost };
+        }
+        total
+    }
+}
+
+struct Sum<'s>(&'s mut Total, &'s [f64]);
 
 impl Kernel for Sum<'_> {
-    type Output = Pair;
+    type Output = ();
     #[inline(always)]
-    fn run<S: Isa>(self, isa: S) -> Pair {
-        self.0[self.1..self.1.next_multiple_of(S::F64::LANES)].fill(0.0);
-        let mut sum = Wide::zero(isa);
-        for j in (0..self.1).step_by(S::F64::LANES) {
-            <f64 as Summand>::add(isa, &mut sum, Span::of(self.0).load(isa, j));
+    fn run<S: Isa>(self, isa: S) {
+        let Self(Total { sums, lost }, loss) = self;
+        for lane in (0..Total::LANES).step_by(S::F64::LANES) {
+            let mut sum = Wide::of(Span::of(sums).load(isa, lane), Span::of(lost).load(isa, lane));
+            for j in (lane..loss.len()).step_by(Total::LANES) {
+                <f64 as Summand>::add(isa, &mut sum, Span::of(loss).load(isa, j));
+            }
+            let (a, b) = sum.parts();
+            SpanMut::of(sums).store(isa, lane, a);
+            SpanMut::of(lost).store(isa, lane, b);
         }
-        <f64 as Summand>::total(sum)
     }
 }
 
