@@ -74,8 +74,9 @@ impl<'a, E: Element> Columns<'a, E> {
     #[inline(always)]
     pub fn prefetch<S: Isa>(self, isa: S, c: usize, ahead: isize) {
         let class = self.ptr.wrapping_offset(c as isize * self.stride).cast::<u8>().wrapping_offset(ahead);
+        // Of the line before what is asked for begins in, the columns before have read a part, unless that is where it begins.
         for line in (0..self.width * size_of::<E>()).step_by(64) {
-            isa.prefetch(class.wrapping_add(line));
+            isa.prefetch(class.wrapping_add(line + 63));
         }
     }
 

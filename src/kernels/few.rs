@@ -27,6 +27,39 @@ pub struct Few<'a, T> {
     pub loss: &'a mut [f64],
     /// Room for [`LANES`] numbers per row.
     pub lanes: &'a mut [T],
+    /// What is read next.
+    pub next: Next,
+}
+
+/// Runs of columns, class by class, that are asked for a line at a time: memory is busy while the processor is.
+#[derive(Clone, Copy, Debug)]
+pub struct Next {
+    /// The run of the first class, which need not be there.
+    pub at: *const u8,
+    /// Bytes of a run, and from class to class.
+    pub bytes: usize,
+    pub class: isize,
+    /// Runs that are left.
+    pub classes: usize,
+}
+
+impl Next {
+    /// Nothing.
+    pub const NONE: Self = Self { at: core::ptr::null(), bytes: 0, class: 0, classes: 0 };
+
+    #[inline(always)]
+    fn ask<S: Isa>(&mut self, isa: S, done: &mut usize) {
+        if self.classes == 0 {
+            return;
+        }
+        isa.prefetch(self.at.wrapping_add(*done + 63));
+        *done += 64;
+        if *done >= self.bytes {
+            *done = 0;
+            self.at = self.at.wrapping_offset(self.class);
+            self.classes -= 1;
+        }
+    }
 }
 
 /// What is kept of a row between the loops.
@@ -58,7 +91,7 @@ impl<T: Summand> Kernel for Few<'_, T> {
     type Output = bool;
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> bool {
-        let Self { scale, g, x, rows, target, loss, lanes } = self;
+        let Self { scale, g, x, rows, target, loss, lanes, next } = self;
         let whole = rows.next_multiple_of(Vf::<S, T>::LANES);
         let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
         let [max, ties, logit, rest, slope, patch] = [0, 1, 2, 3, 4, 5].map(|i| lanes.part(i * whole, whole));
@@ -68,8 +101,8 @@ impl<T: Summand> Kernel for Few<'_, T> {
         }
         // Several loops: each is short enough for the processor to have several vectors of rows in flight.
         match g {
-            Some(_) => sum::<S, T, true>(isa, scale, x, rows),
-            None => sum::<S, T, false>(isa, scale, x, rows),
+            Some(_) => sum::<S, T, true>(isa, scale, x, rows, next),
+            None => sum::<S, T, false>(isa, scale, x, rows, next),
         }
         let left = lose::<S, T>(isa, scale, g, rows);
         if g.is_none() {
@@ -136,7 +169,8 @@ impl<V: Vector> Lane<V> {
 
 /// What there is of every row but the losses. With STORE the exponentials replace the logits.
 #[inline(always)]
-fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsMut<T>, rows: Rows<T>) {
+fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsMut<T>, rows: Rows<T>, mut next: Next) {
+    let mut done = 0;
     let (x, classes, step) = (tile.read(), tile.read().classes(), Vf::<S, T>::LANES);
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let (zero, lowest) = (splat::<S, T>(isa, 0.0), Vf::<S, T>::splat(isa, T::NEG_INF));
@@ -172,10 +206,14 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
                 row.add::<S, T, STORE, 1>(isa, &at, (max, class), four, 1, j);
                 row.add::<S, T, STORE, 2>(isa, &at, (max, class), four, 2, j);
                 row.add::<S, T, STORE, 3>(isa, &at, (max, class), four, 3, j);
+                for _ in 0..4 {
+                    next.ask(isa, &mut done);
+                }
                 c += 4;
             }
             while c < end {
                 row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
+                next.ask(isa, &mut done);
                 c += 1;
             }
             let [r0, r1, r2, r3] = core::mem::replace(&mut row.rest, [zero; 4]);

@@ -5,7 +5,7 @@
 use crate::array::{Array, Columns, ColumnsMut, DType, Element, Flags, Offsets, Out, Span, SpanMut, Vf};
 use crate::kernels::bend::{self, Mask};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
-use crate::kernels::few::{self, Few};
+use crate::kernels::few::{self, Few, Next};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::simd::{Isa, Kernel, Vector};
 
@@ -348,7 +348,7 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
     let divisor = n as f64;
     let g = out.map(|_| 1.0 / divisor);
     let lanes = room(&mut single.block, few::LANES * stride);
-    let left = exec.level.run(Few { scale: 1.0, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes });
+    let left = exec.level.run(Few { scale: 1.0, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes, next: Next::NONE });
     let mean = (!left).then(|| {
         let mut total = Total::default();
         total.add(exec.level, &mut tile.loss, n);
@@ -379,7 +379,13 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
     job.level.run(Numbers::of(strip, target));
     let g = job.out.map(|_| job.g);
     let tiled = ColumnsMut::of(logits, stride, classes, stride);
-    let left = job.level.run(Few { scale: job.terms.scale, g, x: tiled, rows: n, target, loss: &mut tile.loss, lanes });
+    let mut next = Next::NONE;
+    if strip.path(job.tile_read) == Path::Columns {
+        let bytes = n * size_of::<E>();
+        let at = job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes);
+        next = Next { at, bytes, class: job.classes.inner_stride(X), classes };
+    }
+    let left = job.level.run(Few { scale: job.terms.scale, g, x: tiled, rows: n, target, loss: &mut tile.loss, lanes, next });
     // Only adjacent rows are in a strip without being kept.
     if !job.weights.all && job.tile_read == Path::Columns {
         for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
@@ -470,7 +476,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
         let tiled = ColumnsMut::of(x, stride, classes, stride);
         let (target, lanes) = room(operands.flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
         job.level.run(Numbers::of(strip, target));
-        job.level.run(Few { scale: job.terms.scale, g: None, x: tiled, rows: n, target, loss: &mut losses, lanes });
+        job.level.run(Few { scale: job.terms.scale, g: None, x: tiled, rows: n, target, loss: &mut losses, lanes, next: Next::NONE });
     }
     // Where the only target of each row stands in the tile. What is left out gets the target 0, and results that are overwritten.
     let mut index = [0; WIDTH];

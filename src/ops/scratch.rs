@@ -68,9 +68,13 @@ impl Work for f64 {
     }
 }
 
+/// Room for `len` numbers, to be overwritten, from the start of a cache line on: vectors that lie in two lines cost two accesses.
 pub(super) fn room<T: Float>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
-    if buffer.len() < len {
-        buffer.resize(len, T::ZERO);
+    const LINE: usize = 64;
+    let spare = LINE / size_of::<T>();
+    if buffer.len() < len + spare {
+        buffer.resize(len + spare, T::ZERO);
     }
-    &mut buffer[..len]
+    let start = buffer.as_ptr().align_offset(LINE).min(spare);
+    &mut buffer[start..start + len]
 }
