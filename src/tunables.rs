@@ -17,8 +17,8 @@ pub struct Tunables {
     pub stream_columns_from: usize,
     /// Rows are finished in groups that take at most this together, so that the second cache still holds them when they are written.
     pub group_bytes: usize,
-    /// Whether exponentials of long rows are computed again for results that are written past the caches (1), or kept in the result by ordinary
-    /// stores (0).
+    /// Whether exponentials of long rows are computed again for results that are written past the caches, or kept in the result by ordinary stores:
+    /// computed again never (0), with the widest vectors (1) or at every level (2).
     pub recompute: usize,
 }
 
@@ -49,14 +49,13 @@ impl Tunables {
         // The size of the last cache lies on virtual machines and is shared on all: what every core has of its own says more.
         let second = second_level_cache().unwrap_or(1 << 20);
         let threads = crate::threads::available();
-        let intel = crate::simd::vendor() == *b"GenuineIntel";
         Self {
             threads_from: 1 << 16,
             stream_from: (32 << 20).max(4 * second * threads),
             stream_columns_from: 16 << 20,
             group_bytes: 64 << 10,
-            // Worth 5 to 10 % on one of Intel (Emerald Rapids), a loss of as much on one of AMD (Zen 4).
-            recompute: usize::from(intel),
+            // On one of AMD (Zen 4) worth 25 to 30 % with AVX-512; with AVX2 as much is lost on one thread as won on two.
+            recompute: 1,
         }
     }
 

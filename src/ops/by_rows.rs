@@ -33,8 +33,8 @@ const KEPT: usize = 256 << 10;
 /// Bytes of a row from which on stores past the caches pay: at both ends of a row they share lines with its neighbours.
 const STREAMED: usize = 2 << 10;
 
-/// Rows of so many classes are long: what was read of them is not in the first cache any more when they are written.
-const LONG: usize = 4 * BLOCK;
+/// Rows of so many classes are written past the caches where exponentials are computed again: shorter ones have too little between their ends.
+const LONG: usize = BLOCK + BLOCK / 2;
 
 /// Rows `first..last`; their losses are added to `total`.
 pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {

@@ -168,23 +168,6 @@ fn portable<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Scalar)
 }
 
-/// Who made the processor, as it says itself; zeros where it cannot.
-pub fn vendor() -> [u8; 12] {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[allow(unused_unsafe)] // older compilers have it unsafe
-        // SAFETY: every x86-64 processor has the instruction and this leaf.
-        let leaf = unsafe { core::arch::x86_64::__cpuid(0) };
-        let mut name = [0; 12];
-        for (bytes, word) in name.chunks_exact_mut(4).zip([leaf.ebx, leaf.edx, leaf.ecx]) {
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
-        name
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    [0; 12]
-}
-
 /// Work that is generic over the instruction set. `run` must be `#[inline(always)]`, and so must everything it calls that touches
 /// vectors (closures cannot be, so kernels use none): only code inlined into the level's shim is compiled for the level.
 pub trait Kernel {
