@@ -36,8 +36,9 @@ pub struct Few<'a, T> {
 pub struct Next {
     /// The run of the first class, which need not be there.
     pub at: *const u8,
-    /// Bytes of a run, and from class to class.
+    /// Bytes of a run.
     pub bytes: usize,
+    /// Bytes from class to class.
     pub class: isize,
     /// Runs that are left.
     pub classes: usize,

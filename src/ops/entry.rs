@@ -52,7 +52,7 @@ pub fn cross_entropy(
     if !job.weight.is_empty() && job.weight.len() != job.classes.size {
         return Err(Error::Invalid("weight must have one element per class"));
     }
-    let labels = Labels::new(target, job.rows.size, job.classes.size, options)?;
+    let labels = Labels::new(awake.as_ref().map_or(1, |_| exec.threads), target, job.rows.size, job.classes.size, options)?;
     let sparse = matches!(target, Target::Sparse { .. });
     job.weights = RowWeights::new(labels.as_ref(), sparse, job.rows.size, &job.weight, options)?;
     let divisor = if options.reduction == Reduction::Mean { job.weights.divisor } else { 1.0 };

@@ -22,6 +22,9 @@ use super::{by_columns, by_rows};
 /// Elements per task: enough to be worth handing to another thread, and a function of the shape alone, so that the bits do not depend on the threads.
 pub(super) const TASK: usize = 1 << 15;
 
+/// Rows per task, which cost something each however few classes there are.
+const TASK_ROWS: usize = 1 << 12;
+
 /// Elements per task of a large batch of long rows.
 const LONG_TASK: usize = 1 << 18;
 
@@ -192,7 +195,7 @@ impl<'a> Job<'a> {
             }
             _ => Stores::Cached,
         };
-        let per_row = TASK / classes.size.max(1);
+        let per_row = (TASK / classes.size.max(1)).min(TASK_ROWS);
         let rows_per_task = if per_row >= WIDTH { per_row / WIDTH * WIDTH } else { per_row.max(1) };
         let rows_per_task = rows_per_task.max(if by_rows { self::rows_per_task(rows.size, classes.size) } else { WIDTH });
         Ok(Self {

@@ -61,7 +61,7 @@ pub fn score_tokens(exec: &Exec, logits: &Array, axis: usize, tokens: &Array, ig
     let operands: Vec<&[isize]> = core::iter::once(logits.strides()).chain(strides.iter().map(|strides| &strides[..])).collect();
     let layout = Layout::new(shape, axis, &operands);
     let mut class = filled(NONE, layout.rows.size)?;
-    classes("tokens", tokens, layout.classes.size, ignore, (&[], 1), &mut class, 1, 0)?;
+    classes(1, "tokens", tokens, layout.classes.size, ignore, (&[], 1), &mut class, 1, 0)?;
 
     let x = Operand::new(logits, 0, &layout);
     let result = |i: usize| results[i].0.map(|out| RowResult { out, index: i + 1 });

@@ -1,10 +1,12 @@
 //! Class indices: read once, checked, and used from the copy, so that another thread that changes them meanwhile can do no harm.
 
 use std::cell::Cell;
+use std::sync::Mutex;
 
 use crate::array::{Array, Dims};
 use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Level};
+use crate::threads;
 
 use super::api::{Error, LossOptions, Target};
 use super::plan::Axes;
@@ -76,6 +78,7 @@ pub fn read_optional(array: Option<&Array>) -> Result<Vec<f64>, Error> {
 /// Reads and checks class indices of any integer type to `out[first], out[first + step], …`, in C order; `rows` are the sample weights (empty when
 /// all are 1) and the number of indices per row. Whether every index is a class.
 pub(super) fn classes(
+    threads: usize,
     argument: &'static str,
     array: &Array,
     classes: usize,
@@ -101,10 +104,13 @@ pub(super) fn classes(
                 i += 1;
                 continue;
             }
-            let from = offset + i as isize * stride;
             let dst = &mut out[(start + i) * step + first..];
-            // Integers are the same on every level.
-            let (bad, ignored) = Level::best().run(Read { array, run: (from, stride, some), classes, ignore, dst, step });
+            let read = |from: usize, n: usize, dst: &mut [i64]| {
+                let run = (offset + (i + from) as isize * stride, stride, n);
+                // Integers are the same on every level.
+                Level::best().run(Read { array, run, classes, ignore, dst, step })
+            };
+            let (bad, ignored) = if threads > 1 && some > CHUNK { shared(threads, some, dst, step, &read) } else { read(0, some, dst) };
             whole &= !ignored;
             if let Some((bad, value)) = bad {
                 failure = Some(Error::TargetOutOfBounds { argument, position: start + i + bad, value });
@@ -113,6 +119,30 @@ pub(super) fn classes(
         }
     });
     failure.map_or(Ok(whole), Err)
+}
+
+/// Class indices that one thread reads at a time.
+const CHUNK: usize = 1 << 13;
+
+/// The first index that is no class, with its value, and whether any was to be ignored.
+type Findings = (Option<(usize, i128)>, bool);
+
+/// `n` class indices by several threads: memory answers two faster than one.
+fn shared(threads: usize, n: usize, dst: &mut [i64], step: usize, read: &(dyn Fn(usize, usize, &mut [i64]) -> Findings + Sync)) -> Findings {
+    let parts: Vec<_> = dst.chunks_mut(CHUNK * step).take(n.div_ceil(CHUNK)).map(|dst| Mutex::new((dst, (None, false)))).collect();
+    threads::for_each(threads, parts.len(), &|part| {
+        if let Ok(mut of_part) = parts[part].lock() {
+            let (dst, findings) = &mut *of_part;
+            *findings = read(part * CHUNK, CHUNK.min(n - part * CHUNK), dst);
+        }
+    });
+    let mut all = (None, false);
+    for (part, result) in parts.into_iter().enumerate() {
+        let (bad, ignored) = result.into_inner().map_or((None, false), |(_, findings)| findings);
+        all.0 = all.0.or(bad.map(|(at, value)| (part * CHUNK + at, value)));
+        all.1 |= ignored;
+    }
+    all
 }
 
 /// A run of class indices, as a kernel.
@@ -126,9 +156,9 @@ struct Read<'s, 'a> {
 }
 
 impl Kernel for Read<'_, '_> {
-    type Output = (Option<(usize, i128)>, bool);
+    type Output = Findings;
     #[inline(always)]
-    fn run<S: Isa>(self, _isa: S) -> (Option<(usize, i128)>, bool) {
+    fn run<S: Isa>(self, _isa: S) -> Findings {
         let (offset, stride, n) = self.run;
         self.array.read_classes(offset, stride, n, self.classes, self.ignore, NONE, self.dst, self.step)
     }
@@ -136,7 +166,7 @@ impl Kernel for Read<'_, '_> {
 
 impl Labels {
     /// Reads and checks the targets of `rows` rows; `None` for class probabilities.
-    pub fn new(target: &Target, rows: usize, classes_len: usize, options: &LossOptions) -> Result<Option<Self>, Error> {
+    pub fn new(threads: usize, target: &Target, rows: usize, classes_len: usize, options: &LossOptions) -> Result<Option<Self>, Error> {
         let ignore = options.ignore_index;
         let sizes = match target {
             Target::Probs(_) => [rows, rows],
@@ -155,13 +185,13 @@ impl Labels {
             Target::Probs(_) => return Ok(None),
             Target::Index(array) => {
                 let mut class = entries(rows)?;
-                let whole = classes("target", array, classes_len, ignore, (&sample, 1), &mut class, 1, 0)?;
+                let whole = classes(threads, "target", array, classes_len, ignore, (&sample, 1), &mut class, 1, 0)?;
                 Self { entries: 1, class, share: Vec::new(), partial: false, whole }
             }
             Target::Mixup { a, b, lam } => {
                 let mut class = entries(rows.checked_mul(2).ok_or(Error::OutOfMemory)?)?;
-                classes("y_a", a, classes_len, ignore, (&sample, 1), &mut class, 2, 0)?;
-                classes("y_b", b, classes_len, ignore, (&sample, 1), &mut class, 2, 1)?;
+                classes(threads, "y_a", a, classes_len, ignore, (&sample, 1), &mut class, 2, 0)?;
+                classes(threads, "y_b", b, classes_len, ignore, (&sample, 1), &mut class, 2, 1)?;
                 let lam = read_all(lam)?;
                 if let Some(position) = lam.iter().position(|lam| !(0.0..=1.0).contains(lam)) {
                     return Err(Error::BadValue { argument: "lam", position, value: lam[position] });
@@ -176,7 +206,7 @@ impl Labels {
             Target::Sparse { indices, probs } => {
                 let entries = indices.shape().last().copied().unwrap_or(0);
                 let mut class = self::entries(entries.checked_mul(rows).ok_or(Error::OutOfMemory)?)?;
-                classes("indices", indices, classes_len, None, (&sample, entries), &mut class, 1, 0)?;
+                classes(threads, "indices", indices, classes_len, None, (&sample, entries), &mut class, 1, 0)?;
                 Self { entries, class, share: read_all(probs)?, partial: false, whole: false }
             }
         }))

@@ -145,7 +145,7 @@ pub fn nll_loss(
     if !weight.is_empty() && weight.len() != classes.size {
         return Err(Error::Invalid("weight must have one element per class"));
     }
-    let labels = Labels::new(&Target::Index(target.clone()), axes.size, classes.size, options)?.unwrap_or_default();
+    let labels = Labels::new(1, &Target::Index(target.clone()), axes.size, classes.size, options)?.unwrap_or_default();
     let weights = RowWeights::new(Some(&labels), false, axes.size, &weight, options)?;
     let divisor = if options.reduction == Reduction::Mean { weights.divisor } else { 1.0 };
     let g = grad.map_or(0.0, |g| if let GradOutput::Scalar(g) = g.grad_output { g } else { 1.0 } / divisor);
