@@ -51,7 +51,13 @@ pub enum Raw<'a, T> {
     Half(Half<'a>),
     /// Logits, of which those under False become −inf.
     Masked(Masked<'a, T>),
+    /// Logits, the last one first.
+    Backwards(Backwards<'a, T>),
 }
+
+/// A run that is read from its end.
+#[derive(Clone, Copy)]
+pub struct Backwards<'a, T>(pub Span<'a, T>);
 
 impl<T: Real> Raw<'_, T> {
     #[inline(always)]
@@ -59,6 +65,7 @@ impl<T: Real> Raw<'_, T> {
         match self {
             Self::Half(half) => half.len(),
             Self::Masked(masked) => masked.x.len(),
+            Self::Backwards(run) => run.0.len(),
         }
     }
     #[inline(always)]
@@ -66,6 +73,7 @@ impl<T: Real> Raw<'_, T> {
         match self {
             Self::Half(half) => Self::Half(half.part(start, len)),
             Self::Masked(masked) => Self::Masked(Making::<T>::part(masked, start, len)),
+            Self::Backwards(run) => Self::Backwards(Making::<T>::part(run, start, len)),
         }
     }
 }
@@ -199,6 +207,31 @@ impl<T: Real> Making<T> for Masked<'_, T> {
     }
 }
 
+impl<T: Real> Making<T> for Backwards<'_, T> {
+    const SIZE: usize = size_of::<T>();
+    const MADE: bool = true;
+    #[inline(always)]
+    fn part(self, start: usize, len: usize) -> Self {
+        Self(self.0.part(self.0.len() - start - len, len))
+    }
+    #[inline(always)]
+    fn nth(self, k: usize, size: usize) -> Self {
+        Making::<T>::part(self, k * size, size)
+    }
+    #[inline(always)]
+    fn load<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
+        let end = self.0.len() - i;
+        if n == Vf::<S, T>::LANES {
+            return self.0.load(isa, end - n).reverse();
+        }
+        let mut few = [T::NEG_INF; 16];
+        for (k, x) in few[..n].iter_mut().enumerate() {
+            *x = self.0.get(end - 1 - k);
+        }
+        Span::of(&few).load(isa, 0)
+    }
+}
+
 /// The block to be read next: it is made and its maximum taken in the loop over the one before it.
 #[derive(Clone, Copy)]
 pub(super) struct Next<'a, T, M> {
@@ -282,6 +315,7 @@ pub(super) enum Ahead<'a, T> {
     F16(Next<'a, T, F16<'a>>),
     Bf16(Next<'a, T, Bf16<'a>>),
     Masked(Next<'a, T, Masked<'a, T>>),
+    Backwards(Next<'a, T, Backwards<'a, T>>),
 }
 
 impl<'a, T: Real> Ahead<'a, T> {
@@ -308,6 +342,11 @@ impl<'a, T: Real> Ahead<'a, T> {
                 let (later, flags) = (from.x.address(0).wrapping_add(LATER), from.mask.address(LATER / size_of::<T>()));
                 Self::Masked(Next { from, to, later, flags })
             }
+            // Asked for from the other end, a block at a time.
+            Raw::Backwards(from) => {
+                let later = from.0.address(0).wrapping_sub(BLOCK * size_of::<T>());
+                Self::Backwards(Next { from, to, later, flags: core::ptr::null() })
+            }
         }
     }
     /// The block, of which there may be nothing yet.
@@ -315,7 +354,9 @@ impl<'a, T: Real> Ahead<'a, T> {
     pub(super) fn block(self) -> Span<'a, T> {
         match self {
             Self::Here(next) => next.from.0,
-            Self::F16(Next { to, .. }) | Self::Bf16(Next { to, .. }) | Self::Masked(Next { to, .. }) => to.read(),
+            Self::F16(Next { to, .. }) | Self::Bf16(Next { to, .. }) | Self::Masked(Next { to, .. }) | Self::Backwards(Next { to, .. }) => {
+                to.read()
+            }
         }
     }
     /// Whether the block is made where it is read.
@@ -331,6 +372,7 @@ impl<'a, T: Real> Ahead<'a, T> {
             Self::F16(next) => next.later,
             Self::Bf16(next) => next.later,
             Self::Masked(next) => next.later,
+            Self::Backwards(next) => next.later,
         };
         Next { from: Here(block), to: SpanMut::of(&mut []), later, flags: core::ptr::null() }
     }
@@ -343,6 +385,7 @@ impl<'a, T: Real> Ahead<'a, T> {
             Self::F16(next) => next.part(start, len).max(isa, len),
             Self::Bf16(next) => next.part(start, len).max(isa, len),
             Self::Masked(next) => next.part(start, len).max(isa, len),
+            Self::Backwards(next) => next.part(start, len).max(isa, len),
         }
     }
 }

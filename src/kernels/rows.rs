@@ -498,6 +498,12 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
                 (Ahead::Bf16(next), true) if single && !CAP => {
                     pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
+                (Ahead::Backwards(next), false) if single && !CAP => {
+                    pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Backwards(next), true) if single && !CAP => {
+                    pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
                 (Ahead::Masked(next), false) if single && !CAP => {
                     pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }

@@ -1,10 +1,10 @@
 //! Short rows: of one block each, reduced many at a time, so that what a row costs by itself is shared.
 
-use crate::array::{HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::array::{Float, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 
 use super::finish::Tile;
-use super::input::{Ahead, Raw};
+use super::input::{Ahead, Backwards, Raw};
 use super::math::{Anchored, Exp};
 use super::rows::chain;
 use super::state::{Summand, Wide, splat};
@@ -18,14 +18,40 @@ pub struct Short<'a, T> {
     pub scale: f64,
     /// The logits of at most [`MOST_SHORT`] rows.
     pub x: Rows<'a, T>,
-    /// Halves that are to be widened to where the logits are then expected, if that is where they come from.
-    pub from: Option<(HalfRows<'a>, RowsMut<'a, T>)>,
+    /// What is to be widened or turned round to where the logits are then expected, if that is where they come from.
+    pub from: Option<(RawRows<'a, T>, RowsMut<'a, T>)>,
     /// Where the exponentials go, if anywhere; may be the rows themselves.
     pub dst: Option<RowsMut<'a, T>>,
     /// A class of each row, or nothing: their logits go to `x_target`.
     pub classes: &'a [usize],
     /// Gets `max`, `ties`, `k`, `b` and `rest`.
     pub tile: &'a mut Tile,
+}
+
+/// Rows that are not read as they stand.
+#[derive(Clone, Copy)]
+pub enum RawRows<'a, T> {
+    /// Of halves.
+    Half(HalfRows<'a>),
+    /// Read from their ends.
+    Backwards(Rows<'a, T>),
+}
+
+impl<'a, T: Float> RawRows<'a, T> {
+    #[inline(always)]
+    fn row(self, r: usize) -> Raw<'a, T> {
+        match self {
+            Self::Half(rows) => Raw::Half(rows.row(r)),
+            Self::Backwards(rows) => Raw::Backwards(Backwards(rows.row(r))),
+        }
+    }
+    #[inline(always)]
+    fn address(self, r: usize) -> *const u8 {
+        match self {
+            Self::Half(rows) => rows.address(r),
+            Self::Backwards(rows) => rows.address(r),
+        }
+    }
 }
 
 /// Most rows in one go of [`Short`].
@@ -58,7 +84,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
         for (r, top) in top[..n].iter_mut().enumerate() {
             let row = x.row(first + r);
             let ahead = match from {
-                Some((half, to)) => Ahead::raw(Raw::Half(half.row(first + r)), to.row(first + r)),
+                Some((raw, to)) => Ahead::raw(raw.row(first + r), to.row(first + r)),
                 None => Ahead::of(row),
             };
             *top = ahead.max(isa, 0).reduce_max();
@@ -88,7 +114,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
             let dst = if STORE { dst.row(slot) } else { SpanMut::of(&mut []) };
             let row = x.row(slot);
             let ahead = match from {
-                Some((half, _)) => half.address(slot + n),
+                Some((raw, _)) => raw.address(slot + n),
                 None => x.address(slot + n),
             };
             let (rest, ties) = sum_row::<S, T, STORE>(isa, &at, Vf::<S, T>::splat(isa, top[r]), row, ahead, dst);

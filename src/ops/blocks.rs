@@ -8,7 +8,7 @@ use crate::kernels::scan::BLOCK;
 use crate::simd::Level;
 
 use super::plan::{Axes, Path, path};
-use super::scratch::{Scratch, Work, room};
+use super::scratch::{Buffer, Scratch, Work, room};
 use super::source::{gather, line};
 
 /// Rows that are read together when a tile is copied: where every class is a page of its own, a visit should be worth it.
@@ -126,14 +126,14 @@ impl<'a> Operand<'a> {
 
 /// Hands the blocks of an operand to a kernel, as the type that is computed in.
 pub(super) struct Feed<'s, T> {
-    copy: &'s mut Vec<T>,
+    copy: &'s mut Buffer<T>,
     /// Whether the blocks are read where they stand.
     direct: bool,
 }
 
 impl<'s, T: Work> Feed<'s, T> {
     /// `copy` becomes the scratch for blocks that cannot be read where they stand.
-    pub(super) fn new(x: &Operand, copy: &'s mut Vec<T>) -> Self {
+    pub(super) fn new(x: &Operand, copy: &'s mut Buffer<T>) -> Self {
         Self { copy, direct: x.way == Way::Direct && x.array.dtype() == T::DTYPE }
     }
 

@@ -12,7 +12,7 @@ use crate::simd::{Isa, Kernel, Vector};
 use super::api::Exec;
 use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
 use super::plan::Path;
-use super::scratch::{Buffers, SCRATCH, Scratch, Work, room};
+use super::scratch::{Buffer, Buffers, SCRATCH, Scratch, Work, room};
 use super::source::{dense_row, flags, gather, row_spread, shared_stream, softcap, unbend_patches};
 use super::strip::{Finish, Strip, Total, collect, ignored, prepare, targets};
 use super::targets::NONE;
@@ -91,8 +91,8 @@ struct Operands<'s, 'j, 'a, E, T> {
     keep: &'s [T],
     spread: &'s [T],
     offsets: &'s mut [Offsets; 3],
-    flat: &'s mut Vec<T>,
-    slope: &'s mut Vec<T>,
+    flat: &'s mut Buffer<T>,
+    slope: &'s mut Buffer<T>,
     mask: Vec<u8>,
     /// What smoothing gives each class of a row, where every row has a dense stream of its own, and the first row that is being filled.
     spreads: Vec<f64>,

@@ -8,9 +8,9 @@ use crate::kernels::bend::Product;
 use crate::kernels::copy;
 use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
-use crate::kernels::input::{Input, Known, Raw, TWO_BLOCKS};
+use crate::kernels::input::{Backwards, Input, Known, Raw, TWO_BLOCKS};
 use crate::kernels::rows::{BLOCK, Reduce, ReduceCapped, Wanted};
-use crate::kernels::short::{MOST_SHORT, Short};
+use crate::kernels::short::{MOST_SHORT, RawRows, Short};
 use crate::kernels::state::{Reference, State};
 use crate::simd::{Isa, Kernel};
 use crate::tunables::tunables;
@@ -108,16 +108,28 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
     let copy = room(copy, n * pitch);
     let capped = job.out.is_some() && job.bend.softcap.is_some();
     let slopes = room(slope, if capped { n * pitch } else { 0 });
-    if !direct && !job.direct {
+    let backwards = backwards::<T>(job);
+    if !direct && !job.direct && !backwards {
         for (slot, &row) in kept.iter().enumerate() {
             let slopes = if capped { &mut slopes[slot * pitch..][..classes] } else { &mut [] };
             logits_and_slopes(job, row, 0, &mut copy[slot * pitch..][..classes], slopes);
         }
     }
     let copied = RowsMut::of(copy, local, classes);
-    let (base, rows) = if job.direct { strip.offsets(X, 0, 0, here) } else { (0, &*here) };
+    let (base, rows) = match (job.direct, backwards) {
+        (true, _) => strip.offsets(X, 0, 0, here),
+        (_, true) => strip.offsets(X, (classes - 1) as isize * job.classes.inner_stride(X), 0, here),
+        _ => (0, &*here),
+    };
     let x = if direct { job.x.rows::<T>(base, rows, classes) } else { copied.read() };
-    let from = if job.direct { job.x.half_rows(base, rows, classes) } else { None }.map(|half| (half, copied));
+    let from = if job.direct {
+        job.x.half_rows(base, rows, classes).map(RawRows::Half)
+    } else if backwards {
+        Some(RawRows::Backwards(job.x.rows::<T>(base, rows, classes)))
+    } else {
+        None
+    };
+    let from = from.map(|from| (from, copied));
     let out = job.out.map(|out| (out, if job.direct_out { strip.offsets(OUT, 0, 0, there) } else { (0, &*there) }));
     let e = match out {
         Some((out, (base, rows))) if in_result => Some(out.rows::<T>(base, rows, classes)),
@@ -236,6 +248,10 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
     let line = |row: usize| job.x.span::<T>(job.rows.offset(X, row), classes);
     let raw = |row: usize| match job.bend.mask {
         None if there => job.x.half(job.rows.offset(X, row), classes).map(Raw::Half),
+        None if backwards::<T>(job) => {
+            let first = job.rows.offset(X, row) + (classes - 1) as isize * job.classes.inner_stride(X);
+            Some(Raw::Backwards(Backwards(job.x.span::<T>(first, classes))))
+        }
         None => None,
         Some(_) => adjacent_masked(job, row),
     };
@@ -373,6 +389,11 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
     }
     patch::<E>(strip, tile, out, at_once);
     settle(strip, tile, total);
+}
+
+/// Whether rows are runs of logits of the type that is computed in, read from their ends; float32, as for other types there is no code.
+fn backwards<T: Work>(job: &Job) -> bool {
+    T::DTYPE == DType::F32 && job.lines && !job.bend.is_some() && job.x.dtype() == T::DTYPE && job.classes.inner_stride(X) < 0
 }
 
 /// One logit.

@@ -187,11 +187,7 @@ impl<'a> Job<'a> {
         let bytes = x.size() * x.dtype().size();
         let stores = match out {
             Some(out) if out.array().ptr != x.ptr && 2 * bytes >= tunables().stream_from => {
-                if tunables().recompute > usize::from(level != Level::Avx512) {
-                    Stores::PastAnew
-                } else {
-                    Stores::Past
-                }
+                if tunables().recompute > usize::from(level != Level::Avx512) { Stores::PastAnew } else { Stores::Past }
             }
             _ => Stores::Cached,
         };

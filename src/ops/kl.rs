@@ -14,7 +14,7 @@ use super::api::{Error, Exec, Grad, GradOutput, Reduction};
 use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE};
 use super::job::{TASK, rows_per_task};
 use super::plan::with_axes;
-use super::scratch::{SCRATCH, Work, room};
+use super::scratch::{Buffer, SCRATCH, Work, room};
 use super::targets::{filled, row_shape};
 
 /// Operands of a call.
@@ -156,7 +156,7 @@ impl<T: Work> Kernel for Chunk<'_, Job<'_>, T> {
 }
 
 #[inline(always)]
-fn work<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut feeds: [Feed<T>; 2], buffer: &mut Vec<T>) -> Pair {
+fn work<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut feeds: [Feed<T>; 2], buffer: &mut Buffer<T>) -> Pair {
     let constants = Constants::<S, T>::new(isa, job.scale);
     let empty = Divergence::new(&constants);
     let classes = job.layout.classes.size;

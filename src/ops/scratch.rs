@@ -1,6 +1,7 @@
 //! Scratch memory, one set per thread, kept between calls.
 
 use std::cell::Cell;
+use std::ops::{Deref, DerefMut};
 
 use half::{bf16, f16};
 
@@ -24,14 +25,14 @@ pub(super) struct Scratch {
 
 #[derive(Default)]
 pub(super) struct Buffers<T> {
-    pub(super) x: Vec<T>,
-    pub(super) dense: Vec<T>,
-    pub(super) shared: Vec<T>,
-    pub(super) block: Vec<T>,
+    pub(super) x: Buffer<T>,
+    pub(super) dense: Buffer<T>,
+    pub(super) shared: Buffer<T>,
+    pub(super) block: Buffer<T>,
     /// What a softcap did to the logits.
-    pub(super) slope: Vec<T>,
+    pub(super) slope: Buffer<T>,
     /// Of long rows, where they cannot be kept in the result.
-    pub(super) exponentials: Vec<T>,
+    pub(super) exponentials: Buffer<T>,
 }
 
 thread_local! {
@@ -68,13 +69,42 @@ impl Work for f64 {
     }
 }
 
-/// Room for `len` numbers, to be overwritten, from the start of a cache line on: vectors that lie in two lines cost two accesses.
-pub(super) fn room<T: Float>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
-    const LINE: usize = 64;
-    let spare = LINE / size_of::<T>();
-    if buffer.len() < len + spare {
-        buffer.resize(len + spare, T::ZERO);
+/// Numbers from the start of a cache line on: vectors that lie in two lines cost two accesses.
+pub(super) struct Buffer<T>(Vec<T>);
+
+impl<T> Default for Buffer<T> {
+    fn default() -> Self {
+        Self(Vec::new())
     }
-    let start = buffer.as_ptr().align_offset(LINE).min(spare);
-    &mut buffer[start..start + len]
+}
+
+impl<T> Buffer<T> {
+    /// Numbers in a line.
+    const LINE: usize = 64 / size_of::<T>();
+
+    fn start(&self) -> usize {
+        self.0.as_ptr().align_offset(64).min(Self::LINE).min(self.0.len())
+    }
+}
+
+impl<T> Deref for Buffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.0[self.start()..]
+    }
+}
+
+impl<T> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        let start = self.start();
+        &mut self.0[start..]
+    }
+}
+
+/// Room for `len` numbers, to be overwritten.
+pub(super) fn room<T: Float>(buffer: &mut Buffer<T>, len: usize) -> &mut [T] {
+    if buffer.0.len() < len + Buffer::<T>::LINE {
+        buffer.0.resize(len + Buffer::<T>::LINE, T::ZERO);
+    }
+    &mut buffer[..len]
 }

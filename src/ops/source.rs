@@ -12,7 +12,7 @@ use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::job::{Job, MASK, OUT, PROBS, X};
 use super::plan::Axes;
-use super::scratch::{Work, room};
+use super::scratch::{Buffer, Work, room};
 
 /// What happens to the logits before anything else: they reach the kernels as gathered blocks that are already bent.
 #[derive(Clone, Copy, Default)]
@@ -341,7 +341,7 @@ pub(super) fn dense_row<T: Work>(job: &Job, row: usize, spread: f64, start: usiz
 }
 
 /// The dense stream that is the same for every row: `u_c = w_c·e/C`.
-pub(super) fn shared_stream<T: Float>(job: &Job, shared: &mut Vec<T>) {
+pub(super) fn shared_stream<T: Float>(job: &Job, shared: &mut Buffer<T>) {
     if job.terms.dense && !job.own_dense() {
         room(shared, job.classes.size);
         for (c, u) in shared[..job.classes.size].iter_mut().enumerate() {

@@ -128,7 +128,13 @@ const CHUNK: usize = 1 << 13;
 type Findings = (Option<(usize, i128)>, bool);
 
 /// `n` class indices by several threads: memory answers two faster than one.
-fn shared(threads: usize, n: usize, dst: &mut [i64], step: usize, read: &(dyn Fn(usize, usize, &mut [i64]) -> Findings + Sync)) -> Findings {
+fn shared(
+    threads: usize,
+    n: usize,
+    dst: &mut [i64],
+    step: usize,
+    read: &(dyn Fn(usize, usize, &mut [i64]) -> Findings + Sync),
+) -> Findings {
     let parts: Vec<_> = dst.chunks_mut(CHUNK * step).take(n.div_ceil(CHUNK)).map(|dst| Mutex::new((dst, (None, false)))).collect();
     threads::for_each(threads, parts.len(), &|part| {
         if let Ok(mut of_part) = parts[part].lock() {

@@ -7,7 +7,7 @@ use crate::tunables::tunables;
 
 use super::job::OUT;
 use super::plan::Path;
-use super::scratch::{Work, room};
+use super::scratch::{Buffer, Work, room};
 use super::source::{gather, scatter};
 use super::strip::Strip;
 
@@ -29,7 +29,7 @@ impl Strip<'_, '_> {
         (first, count): (usize, usize),
         (tile, stride): (&mut [T], usize),
         offsets: &mut [Offsets; 3],
-        flat: &mut Vec<T>,
+        flat: &mut Buffer<T>,
     ) {
         let (job, n) = (self.job, self.kept.len());
         let step = job.classes.inner_stride(operand);
@@ -79,7 +79,7 @@ impl Strip<'_, '_> {
         (first, count): (usize, usize),
         (tile, stride): (&[T], usize),
         offsets: &mut [Offsets; 3],
-        flat: &mut Vec<T>,
+        flat: &mut Buffer<T>,
     ) {
         let (job, n) = (self.job, self.kept.len());
         let step = job.classes.inner_stride(OUT);
