@@ -342,11 +342,8 @@ impl<'a, T: Real> Ahead<'a, T> {
                 let (later, flags) = (from.x.address(0).wrapping_add(LATER), from.mask.address(LATER / size_of::<T>()));
                 Self::Masked(Next { from, to, later, flags })
             }
-            // Asked for from the other end, a block at a time.
-            Raw::Backwards(from) => {
-                let later = from.0.address(0).wrapping_sub(BLOCK * size_of::<T>());
-                Self::Backwards(Next { from, to, later, flags: core::ptr::null() })
-            }
+            // What is later still is not always before it.
+            Raw::Backwards(from) => Self::Backwards(Next { from, to, later: from.0.address(0), flags: core::ptr::null() }),
         }
     }
     /// The block, of which there may be nothing yet.
@@ -418,10 +415,18 @@ impl<'a, T: Real> Input<'a, T> {
                     known.top = Some(Ahead::raw(raw, this).max(isa, 0).reduce_max());
                 }
                 let next = if (index + 1) * BLOCK < row.len() { Some(of(*row, index + 1)) } else { after.map(|after| of(after, 0)) };
-                let ahead = match next {
+                let mut ahead = match next {
                     Some(next) => Ahead::raw(next, SpanMut::of(&mut other[..next.len()])),
                     None => Ahead::of(Span::of(&[])),
                 };
+                if let Ahead::Backwards(next) = &mut ahead {
+                    // The second one after it.
+                    let (blocks, later) = (row.len().div_ceil(BLOCK), index + 3);
+                    let (row, later) = if later < blocks { (Some(*row), later) } else { (*after, later - blocks) };
+                    if let Some(Raw::Backwards(run)) = row.filter(|row| later * BLOCK < row.len()).map(|row| of(row, later)) {
+                        next.later = run.0.address(0);
+                    }
+                }
                 (this.read(), ahead)
             }
             Self::Made { fill, scratch, classes, from } => {
