@@ -78,12 +78,18 @@ def check(mine: dict[str, Callable[[], Any]], peer: dict[str, Callable[[], Any]]
 
 
 def ways(p: Any, y: Any, threads: int) -> list[Way]:
-    """The same as part of the whole grid; operations that no loss has are called by their own names."""
+    """The same as part of the whole grid; operations that no loss has are called by their own names. Scores come right after a loss."""
     q = np.random.default_rng(2).standard_normal(p.shape, dtype=np.float32) * 3
     mine, peer = ours(p, q, y), theirs(p, q, y, threads)
     check(mine, peer)
-    named = [("crossent", mine), ("PyTorch", peer)]
-    return [Way(who, op, call) for who, calls in named for op, call in calls.items() if op != "loss"]
+    all_ways = []
+    for who, calls in (("crossent", mine), ("PyTorch", peer)):
+        for op, call in calls.items():
+            if op.startswith("score_tokens") and who == "crossent":
+                all_ways.append(Way(f"{who} beside {op}", "loss", calls["loss"]))
+            if op != "loss":
+                all_ways.append(Way(who, op, call))
+    return all_ways
 
 
 def main(threads: int, rounds: int = 9) -> None:

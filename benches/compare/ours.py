@@ -75,7 +75,7 @@ UNJUDGED = ("label_smoothing", "weight", "SparseProbs, k = 64", "where, one row 
 
 
 def option_ways(case: Case, place: Array) -> list[Way]:
-    """Loss + gradient in place with one option each."""
+    """Loss + gradient in place with one option each, and the plain call right before it."""
     x, y, rows, classes = case.x, case.y, case.rows, case.classes
     rng = np.random.default_rng(3)
 
@@ -106,7 +106,8 @@ def option_ways(case: Case, place: Array) -> list[Way]:
             None,
             lambda: np.copyto(place, x),
         )
-        for name, (target, more) in calls.items()
+        for of, call in calls.items()
+        for name, (target, more) in ((f"beside {of}", (y, dict[str, object]())), (of, call))
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cases import shape_name
 from ours import OPTIONS, UNJUDGED, WHO
-from timing import Medians
+from timing import Medians, Timing
 
 # By (shape, dtype, threads).
 Results = dict[tuple[tuple[int, ...], str, int], Medians]
@@ -60,7 +60,7 @@ def judge(results: Results, threads: int, memory: dict[str, float]) -> list[Verd
         return results.get((shape, dtype, t), {}).get((op, who))
 
     def ratio(a: float | None, b: float | None) -> float | None:
-        return None if a is None or b is None else a / b
+        return None if a is None or b is None else Timing.ratio(a, b)
 
     def add(what: str, shape: tuple[int, ...], value: float | None, must: float | None, **more: object) -> None:
         if value is not None:
@@ -123,7 +123,7 @@ def judge(results: Results, threads: int, memory: dict[str, float]) -> list[Verd
             best = min(((seconds, who) for who, seconds in rivals.items() if seconds is not None), default=None)
             ours = get(shape, op)
             if best is not None and ours is not None:
-                add(f"{op}, times the best other peer ({best[1]})", shape, best[0] / ours, 1.0, stretch=2.0)
+                add(f"{op}, times the best other peer ({best[1]})", shape, Timing.ratio(best[0], ours), 1.0, stretch=2.0)
 
     add(
         "a call, of F.cross_entropy's time",
@@ -162,14 +162,15 @@ def judge(results: Results, threads: int, memory: dict[str, float]) -> list[Verd
         add(
             f"{name} in place, of the plain call",
             one,
-            ratio(get(one, "in place", f"{WHO} {name}"), get(one, "in place")),
+            ratio(get(one, "in place", f"{WHO} {name}"), get(one, "in place", f"{WHO} beside {name}")),
             allowed,
             larger=False,
         )
     for name in UNJUDGED:
-        add(f"{name} in place, of the plain call", one, ratio(get(one, "in place", f"{WHO} {name}"), get(one, "in place")), None)
+        plain = get(one, "in place", f"{WHO} beside {name}")
+        add(f"{name} in place, of the plain call", one, ratio(get(one, "in place", f"{WHO} {name}"), plain), None)
     for op, allowed in (("score_tokens", 1.1), ("score_tokens, entropy and rank", 1.5)):
-        add(f"{op}, of the loss", one, ratio(get(one, op), get(one, "loss")), allowed, larger=False)
+        add(f"{op}, of the loss", one, ratio(get(one, op), get(one, "loss", f"{WHO} beside {op}")), allowed, larger=False)
     for op in ("topk_logprobs, k = 20", "kl_divergence", "kl_divergence_with_grad, into out"):
         add(f"{op}, times PyTorch", one, ratio(get(one, op, "PyTorch"), get(one, op)), None if "grad" in op else 5.0)
 

@@ -29,6 +29,26 @@ class Way:
 # Seconds between two libraries.
 PAUSE = 0.02
 
+
+class Timing(float):
+    """The median of the rounds, in seconds."""
+
+    rounds: list[float]
+
+    @classmethod
+    def of(cls, rounds: list[float]) -> Timing:
+        timing = cls(statistics.median(rounds))
+        timing.rounds = rounds
+        return timing
+
+    @staticmethod
+    def ratio(a: float, b: float) -> float:
+        """a/b: the median over the rounds that both were in, as one round is one state of the machine."""
+        if isinstance(a, Timing) and isinstance(b, Timing):
+            return statistics.median(x / y for x, y in zip(a.rounds, b.rounds, strict=False))
+        return a / b
+
+
 # Seconds by (operation, library).
 Medians = dict[tuple[str, str], float]
 
@@ -102,4 +122,4 @@ def measure(case: Case, ways: list[Way], budget: float, rounds: int = 25) -> tup
                     samples[way.op, way.who].append(clock(way, calls[id(way)]))
     finally:
         gc.enable()
-    return {key: statistics.median(values) for key, values in samples.items()}, failed
+    return {key: Timing.of(values) for key, values in samples.items()}, failed

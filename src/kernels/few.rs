@@ -64,7 +64,7 @@ impl Next {
 }
 
 /// What is kept of a row between the loops.
-pub const LANES: usize = 6;
+pub const LANES: usize = 7;
 
 /// Whether nothing of a gradient leaves the normal numbers that its results do not leave.
 pub fn gradient_fits<T: Real>(g: f64) -> bool {
@@ -80,8 +80,9 @@ struct Rows<'a, T> {
     ties: SpanMut<'a, T>,
     /// Of the target.
     logit: SpanMut<'a, T>,
-    /// The sum of the exponentials but for the maxima.
+    /// The sum of the exponentials but for the maxima, and what its roundings lost.
     rest: SpanMut<'a, T>,
+    lost: SpanMut<'a, T>,
     /// The gradient: what multiplies the exponentials, and the value at the target.
     slope: SpanMut<'a, T>,
     patch: SpanMut<'a, T>,
@@ -95,8 +96,8 @@ impl<T: Summand> Kernel for Few<'_, T> {
         let Self { scale, g, x, rows, target, loss, lanes, next } = self;
         let whole = rows.next_multiple_of(Vf::<S, T>::LANES);
         let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
-        let [max, ties, logit, rest, slope, patch] = [0, 1, 2, 3, 4, 5].map(|i| lanes.part(i * whole, whole));
-        let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, rest, slope, patch, loss };
+        let [max, ties, logit, rest, lost, slope, patch] = [0, 1, 2, 3, 4, 5, 6].map(|i| lanes.part(i * whole, whole));
+        let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, rest, lost, slope, patch, loss };
         if x.read().classes() == 2 {
             return pairs::<S, T>(isa, scale, g, x, rows);
         }
@@ -197,7 +198,7 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
         let origin = Vf::<S, T>::select(near, max, zero);
         let at = exp.anchor(exp.reference(origin));
         let mut row = Lane { rest: [zero; 4], below: whole, logit: zero, number: zero };
-        let mut sum = zero;
+        let (mut sum, mut lost) = (zero, zero);
         let mut c = 0;
         while c < classes {
             let end = classes.min(c + TOGETHER);
@@ -218,12 +219,19 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
                 c += 1;
             }
             let [r0, r1, r2, r3] = core::mem::replace(&mut row.rest, [zero; 4]);
-            sum = sum + ((r0 + r1) + (r2 + r3));
+            let (before, part) = (sum, (r0 + r1) + (r2 + r3));
+            sum = before + part;
+            if classes > TOGETHER {
+                // Knuth's two-sum: the rounding error of the addition, exactly.
+                let t = sum - before;
+                lost = lost + ((before - (sum - t)) + (part - t));
+            }
         }
         rows.max.nth(i, step).store(isa, 0, origin);
         rows.ties.nth(i, step).store(isa, 0, Vf::<S, T>::select(near, all - row.below, zero));
         rows.logit.nth(i, step).store(isa, 0, row.logit);
         rows.rest.nth(i, step).store(isa, 0, sum);
+        rows.lost.nth(i, step).store(isa, 0, lost);
     }
 }
 
@@ -239,7 +247,7 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, rows: Rows<T>) -
         let (max, ties) = (rows.max.read().nth(i, step).load(isa, 0), rows.ties.read().nth(i, step).load(isa, 0));
         let (logit, rest) = (rows.logit.read().nth(i, step).load(isa, 0), rows.rest.read().nth(i, step).load(isa, 0));
         let over = exp.over(max);
-        let others = (ties - one) + over.times(rest);
+        let others = (ties - one) + over.times_sum(rest, rows.lost.read().nth(i, step).load(isa, 0));
         let odds = Odds::of(isa, others);
         let good = zero.lt(ties).and(others.eq(others));
         let value = Vf::<S, T>::select(good, odds.loss((max - logit) * scale, one), bad);

@@ -372,6 +372,12 @@ impl<V: Vector> Over<V> {
     pub fn times(self, x: V) -> V {
         x.mul_add(self.less_one, x) * self.unit
     }
+
+    /// The same with a sum and what it lost.
+    #[inline(always)]
+    pub fn times_sum(self, sum: V, lost: V) -> V {
+        (sum + sum.mul_add(self.less_one, lost)) * self.unit
+    }
 }
 
 /// `2^(x·scale·log2 e − k)` for one integral k, in few operations: the sum that rounds x·log2 e to whole steps has −k and the exponent's
