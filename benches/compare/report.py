@@ -127,10 +127,11 @@ def write(path: Path, results: Results, verdicts: list[Verdict], threads: int, h
     pictures = plots(results, threads, path.parent / "benchmarks")
     method = (
         "All ways of a shape are called in turn, round by round, in one process, with a pause of 20 ms between two "
-        "libraries, whose idle threads spin for a while. Times are medians, and what targets compare are medians of the ratios "
-        "of a round. Every answer was compared with float64 before anything was timed. PyTorch stands for PyTorch as users "
-        "call it; *PyTorch warm* is the same in a process whose allocator keeps its memory. A multiple above 1 means that "
-        "crossent is faster. The memory limits are plain loops of the core over the same array."
+        "libraries, whose idle threads spin for a while, and after it a call that is not timed, which wakes those of the next. "
+        "Times are medians, and what targets compare are medians of the ratios of a round. Every answer was compared with "
+        "float64 before anything was timed. PyTorch stands for PyTorch as users call it; *PyTorch warm* is the same in a process "
+        "whose allocator keeps its memory. A multiple above 1 means that crossent is faster. The memory limits are plain loops "
+        "of the core over the same array."
     )
     text = [
         "# Benchmarks",

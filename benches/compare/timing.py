@@ -116,6 +116,9 @@ def measure(case: Case, ways: list[Way], budget: float, rounds: int = 25) -> tup
                 if library != before:
                     # Threads of another library spin for a while in case there is more to do: none is to be measured beside them.
                     time.sleep(PAUSE)
+                    if id(way) not in slow:
+                        # Not timed: wakes its threads, and the processors.
+                        clock(way, 1)
                 before = library
                 # A way that would eat the whole budget gets three samples; the others go on.
                 if round_number < 3 or id(way) not in slow:
