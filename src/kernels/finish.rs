@@ -13,6 +13,9 @@ use super::state::splat;
 /// Most rows in a tile.
 pub const WIDTH: usize = 256;
 
+/// From one sparse target of a row to the next one in a tile. Were it a power of two, they would share a set of the first cache, and push each other out.
+pub const APART: usize = WIDTH + 8;
+
 /// Where one class has everything but for what rounding leaves, it has more than this and all others have less.
 pub(super) const SURE: f64 = 0.5;
 
@@ -42,7 +45,7 @@ pub struct Tile {
     pub a: Vec<f64>,
     /// The gradient at a lone maximum. Of probabilities: those above it are 1.
     pub top: Vec<f64>,
-    /// Logit of sparse target j of row r at `j * WIDTH + r`.
+    /// Logit of sparse target j of row r at `j * APART + r`.
     pub x_target: Vec<f64>,
     /// Its mass.
     pub mass: Vec<f64>,
@@ -60,7 +63,7 @@ pub struct Tile {
 impl Tile {
     /// Makes room for `entries` sparse targets per row.
     pub fn reserve(&mut self, entries: usize) {
-        if self.top.len() >= WIDTH && self.patch.len() >= entries * WIDTH {
+        if self.top.len() >= WIDTH && self.patch.len() >= entries * APART {
             return;
         }
         for v in [
@@ -87,8 +90,8 @@ impl Tile {
             }
         }
         for v in [&mut self.x_target, &mut self.mass, &mut self.mass_all, &mut self.e_target, &mut self.patch] {
-            if v.len() < entries * WIDTH {
-                v.resize(entries * WIDTH, 0.0);
+            if v.len() < entries * APART {
+                v.resize(entries * APART, 0.0);
             }
         }
     }
@@ -219,7 +222,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
                 t_top = Span::of(&tile.t_top).load(isa, r);
             }
             for entry in 0..terms.entries {
-                let at = entry * WIDTH + r;
+                let at = entry * APART + r;
                 let x = Span::of(&tile.x_target).load(isa, at);
                 let mass = match terms.plain {
                     Some(plain) => splat::<S, f64>(isa, plain.mass),
@@ -262,7 +265,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
             }
             let lone = ties.eq(one);
             for entry in 0..terms.entries {
-                let at = entry * WIDTH + r;
+                let at = entry * APART + r;
                 let x = Span::of(&tile.x_target).load(isa, at);
                 let mass = match terms.plain {
                     Some(plain) => splat::<S, f64>(isa, plain.mass_all),

@@ -6,7 +6,7 @@ use crate::array::{Array, Columns, ColumnsMut, DType, Element, Flags, Offsets, O
 use crate::kernels::bend::{self, Mask};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
 use crate::kernels::few::{self, Few, Next};
-use crate::kernels::finish::{Terms, Tile, WIDTH};
+use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::simd::{Isa, Kernel, Vector};
 
 use super::api::Exec;
@@ -185,7 +185,7 @@ impl<E: Element<Acc = T>, T: Work> Blocks<T> for Operands<'_, '_, '_, E, T> {
         self.from = from;
         self.x(&strip, x, (first, count));
         for &(class, at) in self.by_class.part(first, count) {
-            let slot = at % WIDTH;
+            let slot = at % APART;
             if (from..from + width).contains(&slot) {
                 self.x_target[at] = x[(class - first) * self.stride + slot - from].to_f64();
             }
@@ -202,7 +202,7 @@ struct ByClass(Vec<(usize, usize)>);
 impl ByClass {
     fn new(strip: &Strip) -> Self {
         let mut all = Vec::with_capacity(strip.kept.len());
-        targets(strip, |slot, j, class| all.push((class, j * WIDTH + slot)));
+        targets(strip, |slot, j, class| all.push((class, j * APART + slot)));
         all.sort_unstable();
         Self(all)
     }
@@ -490,7 +490,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
         }
     } else if few {
         targets(strip, |slot, j, class| {
-            tile.x_target[j * WIDTH + slot] = x[class * stride + slot].to_f64();
+            tile.x_target[j * APART + slot] = x[class * stride + slot].to_f64();
         });
     }
     let index = if indexed { &index[..n] } else { &[][..] };
@@ -509,7 +509,7 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     if stored && indexed {
         tile.e_target.iter_mut().zip(index).for_each(|(e, &at)| *e = x[at].to_f64());
     } else if stored {
-        targets(strip, |slot, j, class| tile.e_target[j * WIDTH + slot] = x[class * stride + slot].to_f64());
+        targets(strip, |slot, j, class| tile.e_target[j * APART + slot] = x[class * stride + slot].to_f64());
     }
     job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
     for slot in (0..n).filter(|&slot| !losses[slot].is_nan()) {
@@ -597,9 +597,9 @@ fn patch<T: Work>(
     if !index.is_empty() {
         return index.iter().zip(&tile.patch).for_each(|(&at, &value)| x[at] = T::from_f64(value));
     }
-    let mut set = |class: usize, at: usize| x[(class - first) * stride + at % WIDTH] = T::from_f64(tile.patch[at]);
+    let mut set = |class: usize, at: usize| x[(class - first) * stride + at % APART] = T::from_f64(tile.patch[at]);
     if count == strip.job.classes.size {
-        targets(strip, |slot, j, class| set(class, j * WIDTH + slot));
+        targets(strip, |slot, j, class| set(class, j * APART + slot));
     } else {
         by_class.part(first, count).iter().for_each(|&(class, at)| set(class, at));
     }

@@ -7,7 +7,7 @@ use crate::array::{DType, Element, HalfRows, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::bend::Product;
 use crate::kernels::copy;
 use crate::kernels::emit::{Emit, From};
-use crate::kernels::finish::{Terms, Tile, WIDTH};
+use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::kernels::input::{Backwards, Input, Known, Raw, TWO_BLOCKS};
 use crate::kernels::rows::{BLOCK, Reduce, ReduceCapped, Wanted};
 use crate::kernels::short::{MOST_SHORT, RawRows, Short};
@@ -143,7 +143,7 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
         }
         _ => {
             targets(strip, |slot, j, class| {
-                tile.x_target[j * WIDTH + slot] = if direct { x.get(slot, class).to_f64() } else { logit::<T>(job, kept[slot], class) };
+                tile.x_target[j * APART + slot] = if direct { x.get(slot, class).to_f64() } else { logit::<T>(job, kept[slot], class) };
             });
             &[]
         }
@@ -514,7 +514,7 @@ fn patch<E: Element>(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
     if job.terms.dense {
         (0..kept.len()).filter(|&slot| tile.ties[slot] == 1.0).for_each(|slot| set(slot, tile.arg[slot] as usize, tile.top[slot]));
     }
-    targets(strip, |slot, j, class| set(slot, class, tile.patch[j * WIDTH + slot]));
+    targets(strip, |slot, j, class| set(slot, class, tile.patch[j * APART + slot]));
 }
 
 /// Writes row results and adds the losses.

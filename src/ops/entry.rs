@@ -1,7 +1,7 @@
 //! The operations: what each function of the public API is to the core.
 
 use crate::array::{Array, Out};
-use crate::kernels::finish::{Terms, WIDTH};
+use crate::kernels::finish::{APART, Terms};
 use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
@@ -99,7 +99,7 @@ pub fn small_cross_entropy(exec: &Exec, logits: &Array, target: &Array, ignore_i
 fn afford(exec: &Exec, job: &Job) -> Result<(), Error> {
     const LARGE: usize = 1 << 12;
     let stream = if job.terms.dense && !job.own_dense() { job.classes.size } else { 0 };
-    let per_thread = job.terms.entries.checked_mul(4 * WIDTH).and_then(|entries| entries.checked_add(stream));
+    let per_thread = job.terms.entries.checked_mul(4 * APART).and_then(|entries| entries.checked_add(stream));
     let all = per_thread.and_then(|one| one.checked_mul(exec.threads)).ok_or(Error::OutOfMemory)?;
     if all > LARGE {
         // Twice, because vectors that grow may take twice what they need.

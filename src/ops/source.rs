@@ -4,7 +4,7 @@
 use crate::array::{Array, DType, Element, Flags, Float, FromNumber, Out, Span, SpanMut, Vf};
 use crate::kernels::bend::{self, Mask, Softcap};
 use crate::kernels::copy;
-use crate::kernels::finish::{Tile, WIDTH};
+use crate::kernels::finish::{APART, Tile};
 use crate::kernels::input::{Masked, Raw};
 use crate::kernels::math::Cap;
 use crate::kernels::rows;
@@ -243,7 +243,7 @@ pub(super) fn unbend_patches(job: &Job, kept: &[usize], tile: &mut Tile) {
         }
         if let Some(labels) = &job.labels {
             for (j, class, _) in labels.row(row) {
-                at(class, &mut tile.patch[j * WIDTH + slot]);
+                at(class, &mut tile.patch[j * APART + slot]);
             }
         }
     }
@@ -252,7 +252,7 @@ pub(super) fn unbend_patches(job: &Job, kept: &[usize], tile: &mut Tile) {
 /// What there is to be known for that of the sparse targets of a row, before it is overwritten.
 pub(super) fn target_slopes(job: &Job, row: usize, slot: usize, slopes: &mut Vec<(usize, Option<f64>)>) {
     if let Some(labels) = &job.labels {
-        slopes.extend(labels.row(row).map(|(j, class, _)| (j * WIDTH + slot, slope_at(job, row, class))));
+        slopes.extend(labels.row(row).map(|(j, class, _)| (j * APART + slot, slope_at(job, row, class))));
     }
 }
 

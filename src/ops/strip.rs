@@ -1,7 +1,7 @@
 //! Rows that are finished together: what [`super::by_rows`] and [`super::by_columns`] have in common.
 
 use crate::array::{Offsets, Span, SpanMut};
-use crate::kernels::finish::{Plain, Terms, Tile, WIDTH, finish};
+use crate::kernels::finish::{APART, Plain, Terms, Tile, WIDTH, finish};
 use crate::kernels::state::{Pair, Summand, Wide};
 use crate::simd::{Isa, Kernel, Level, Vector};
 
@@ -222,23 +222,23 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
     tile.order.clear();
     for (slot, &row) in kept.iter().enumerate() {
         for j in 0..entries {
-            tile.mass[j * WIDTH + slot] = 0.0;
-            tile.mass_all[j * WIDTH + slot] = 0.0;
-            tile.x_target[j * WIDTH + slot] = 0.0;
+            tile.mass[j * APART + slot] = 0.0;
+            tile.mass_all[j * APART + slot] = 0.0;
+            tile.x_target[j * APART + slot] = 0.0;
         }
         let spread = row_spread(job, row);
         for (j, class, share) in labels.row(row) {
             let w = job.weight.get(class).copied().unwrap_or(1.0);
             let mass = share * job.keep * w;
-            tile.mass[j * WIDTH + slot] = mass;
-            tile.mass_all[j * WIDTH + slot] = mass + spread * w;
+            tile.mass[j * APART + slot] = mass;
+            tile.mass_all[j * APART + slot] = mass + spread * w;
         }
         if entries > 1 {
             let start = tile.order.len();
             tile.order.resize(start + entries, (usize::MAX, 0));
             let order = &mut tile.order[start..];
             for ((j, class, _), of) in labels.row(row).zip(&mut *order) {
-                *of = (class, j * WIDTH + slot);
+                *of = (class, j * APART + slot);
             }
             order.sort_unstable();
             // Entries of one class have the mass of all of them.
