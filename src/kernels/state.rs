@@ -286,3 +286,26 @@ pub struct State {
     /// `Σ t` over the maxima.
     pub t_top: f64,
 }
+
+impl State {
+    /// What is known of a part of a row and the one after it, but for a dense stream.
+    #[must_use]
+    pub fn join(self, next: Self, scale: f64) -> Self {
+        let high = if next.max > self.max { next } else { self };
+        let to = high.reference;
+        let (mut rest, mut ties) = (Pair::default(), 0.0);
+        for mut part in [self, next] {
+            // Where everything is −inf there is nothing in the rest, or NaN.
+            if part.max > f64::NEG_INFINITY {
+                part.rest.scale(part.reference.factor(to, scale));
+            }
+            rest.merge(part.rest);
+            if part.max == high.max {
+                ties += part.ties;
+            } else if part.max > f64::NEG_INFINITY {
+                rest.add(part.ties * exp_f64(Scalar, (part.max - to.b) * scale, to.k));
+            }
+        }
+        Self { ties, rest, ..high }
+    }
+}

@@ -243,7 +243,17 @@ impl<'a> Job<'a> {
 
     /// Whether the work is shared among threads.
     pub(super) fn shared(&self, exec: &Exec) -> bool {
-        self.tasks() > 1 && exec.threads > 1 && self.rows.size * self.classes.size >= 2 * TASK
+        exec.threads > 1 && (self.tasks() > 1 && self.rows.size * self.classes.size >= 2 * TASK || self.split(exec))
+    }
+
+    /// Whether threads share a row: where there are fewer of those.
+    fn split(&self, exec: &Exec) -> bool {
+        (1..exec.threads).contains(&self.rows.size)
+            && match self.x.dtype() {
+                DType::F32 => by_rows::segmented::<f32, f32>(self),
+                DType::F64 => by_rows::segmented::<f64, f64>(self),
+                _ => false,
+            }
     }
 
     /// Runs over all rows and returns the sum of the row results.
@@ -265,6 +275,15 @@ impl<'a> Job<'a> {
             Ok(sum.value())
         };
         let mut total = Pair::default();
+        if self.split(exec) {
+            let (mut scratch, mut sum) = (SCRATCH.take().unwrap_or_default(), Total::default());
+            match self.x.dtype() {
+                DType::F64 => by_rows::split::<f64, _>(self, exec.threads, &mut scratch, &mut sum),
+                _ => by_rows::split::<f32, _>(self, exec.threads, &mut scratch, &mut sum),
+            }
+            SCRATCH.set(Some(scratch));
+            return Ok(sum.value().value());
+        }
         if !self.shared(exec) {
             for task in 0..tasks {
                 total.merge(work(task)?);

@@ -155,3 +155,59 @@ fn a_row_alone_is_the_row_of_the_batch() {
         }
     }
 }
+
+#[test]
+fn a_row_of_several_segments_is_the_same_however_it_is_shared() {
+    let classes = 131_072 + 70_000;
+    for level in levels() {
+        for dtype in [DType::F32, DType::F64] {
+            let mut random = Random(7);
+            let plain: Vec<f64> = (0..classes).map(|_| (random.uniform() * 64.0).round() / 8.0 - 40.0).collect();
+            // Where the maximum is, and what else there is: a tie in another segment, a segment of -inf, what makes the row NaN.
+            let changes: [(&str, &[(usize, f64)]); 7] = [
+                ("first", &[(3, 9.0)]),
+                ("last", &[(classes - 1, 9.0)]),
+                ("tie", &[(70_000, 9.0), (140_000, 9.0)]),
+                ("far apart", &[(5, 9.0), (66_000, 0.0), (135_000, -3.0)]),
+                ("nan", &[(3, 9.0), (140_000, f64::NAN)]),
+                ("inf", &[(70_000, f64::INFINITY)]),
+                ("empty", &[(140_000, 9.0)]),
+            ];
+            let rows: Vec<Vec<f64>> = changes
+                .iter()
+                .map(|(name, changes)| {
+                    let mut row = plain.clone();
+                    changes.iter().for_each(|&(class, x)| row[class] = x);
+                    if *name == "empty" {
+                        row[..131_072].fill(f64::NEG_INFINITY);
+                    }
+                    row
+                })
+                .collect();
+            let labels = [3, 3, 140_000, 135_000, 3, 70_000, 140_001];
+            let options = LossOptions::default();
+            let run = |threads: usize, rows: &[Vec<f64>], labels: &[i128]| {
+                simple(&Exec { level, threads }, dtype, &[rows.len(), classes], 1, &rows.concat(), labels, &options)
+            };
+            let same = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan());
+            let (losses, gradients) = run(1, &rows, &labels);
+            for (i, (name, _)) in changes.iter().enumerate() {
+                for threads in [1, 2, 5] {
+                    let (loss, gradient) = run(threads, &rows[i..=i], &labels[i..=i]);
+                    assert!(same(&loss, &losses[i..=i]), "loss of {name} with {threads} threads at {level:?}");
+                    let batch = &gradients[i * classes..(i + 1) * classes];
+                    assert!(same(&gradient, batch), "gradient of {name} with {threads} threads at {level:?}");
+                }
+                let row = &rows[i];
+                let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let want = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln() - row[labels[i] as usize];
+                let bad = *name == "nan" || *name == "inf";
+                assert!(
+                    if bad { losses[i].is_nan() } else { (losses[i] - want).abs() <= 1e-5 * (1.0 + want.abs()) },
+                    "{name} at {level:?}: {} beside {want}",
+                    losses[i]
+                );
+            }
+        }
+    }
+}
