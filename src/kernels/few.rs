@@ -1,4 +1,4 @@
-//! The plain case of few classes: one index target per row and nothing that weighs it.
+//! The plain case of few classes: transforms, and one index target per row with nothing that weighs it.
 //!
 //! A row stays in one lane and in the type of the logits, so that 16 rows cost one logarithm and one division. What it is made of comes from
 //! [`super::finish`], which has it for everything else. Of two classes one exponential says all.
@@ -15,20 +15,35 @@ use super::state::{Summand, splat};
 pub struct Few<'a, T> {
     /// 1 / temperature.
     pub scale: f64,
-    /// Multiplies the gradient, which takes the place of the logits if there is one; see [`gradient_fits`].
-    pub g: Option<f64>,
+    /// What is computed.
+    pub want: Want,
     /// The logits.
     pub x: ColumnsMut<'a, T>,
     /// Rows; the tile and the targets have whole vectors of them.
     pub rows: usize,
-    /// Their classes, as numbers of the type.
+    /// Their classes, as numbers of the type; any numbers where there are no losses.
     pub target: &'a [T],
-    /// Gets the losses.
+    /// Gets the losses, or their logsumexp.
     pub loss: &'a mut [f64],
     /// Room for [`LANES`] numbers per row.
     pub lanes: &'a mut [T],
     /// What is read next.
     pub next: Next,
+}
+
+/// What takes the place of the logits.
+#[derive(Clone, Copy, Debug)]
+pub enum Want {
+    /// Nothing.
+    Loss,
+    /// The gradient times a number; see [`gradient_fits`].
+    Gradient(f64),
+    /// Nothing; there are no targets, as for the others that follow.
+    LogSumExp,
+    /// Log-probabilities.
+    Logs,
+    /// Probabilities.
+    Probabilities,
 }
 
 /// Runs of columns, class by class, that are asked for a line at a time: memory is busy while the processor is.
@@ -93,11 +108,15 @@ impl<T: Summand> Kernel for Few<'_, T> {
     type Output = bool;
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> bool {
-        let Self { scale, g, x, rows, target, loss, lanes, next } = self;
+        let Self { scale, want, x, rows, target, loss, lanes, next } = self;
+        let g = if let Want::Gradient(g) = want { Some(g) } else { None };
         let whole = rows.next_multiple_of(Vf::<S, T>::LANES);
         let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
         let [max, ties, logit, rest, lost, slope, patch] = [0, 1, 2, 3, 4, 5, 6].map(|i| lanes.part(i * whole, whole));
         let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, rest, lost, slope, patch, loss };
+        if matches!(want, Want::LogSumExp | Want::Logs | Want::Probabilities) {
+            return transform::<S, T>(isa, want, x, rows, next);
+        }
         if x.read().classes() == 2 {
             return pairs::<S, T>(isa, scale, g, x, rows);
         }
@@ -259,6 +278,44 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, rows: Rows<T>) -
             let patch = Vf::<S, T>::select(logit.eq(max), odds.at_max(isa, one, (zero, one), None), (p * q) * inverse - one);
             rows.slope.nth(i, step).store(isa, 0, g * inverse);
             rows.patch.nth(i, step).store(isa, 0, g * patch);
+        }
+    }
+    left
+}
+
+/// Transforms, whose rows have no class. Whether rows were left.
+#[inline(always)]
+fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Rows<T>, next: Next) -> bool {
+    // The sums of a loss, so that it has their code.
+    match want {
+        Want::Probabilities => sum::<S, T, true>(isa, 1.0, x, rows, next),
+        _ => sum::<S, T, false>(isa, 1.0, x, rows, next),
+    }
+    let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, 1.0));
+    let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));
+    let mut left = false;
+    for i in 0..rows.class.len() / step {
+        let j = i * step;
+        let (max, ties) = (rows.max.read().nth(i, step).load(isa, 0), rows.ties.read().nth(i, step).load(isa, 0));
+        let over = exp.over(max);
+        let others = (ties - one) + over.times_sum(rows.rest.read().nth(i, step).load(isa, 0), rows.lost.read().nth(i, step).load(isa, 0));
+        let odds = Odds::of(isa, others);
+        let good = zero.lt(ties).and(others.eq(others));
+        left |= good.count() < step;
+        T::store_wide(isa, Vf::<S, T>::select(good, max + odds.log_sum, bad), rows.loss.nth(i, step), 0);
+        if let Want::Logs = want {
+            for c in 0..x.read().classes() {
+                x.store_whole(isa, c, j, (x.read().load_whole(isa, c, j) - max) - odds.log_sum);
+            }
+        }
+        if let Want::Probabilities = want {
+            let inverse = over.times(odds.p_max);
+            let (p, q) = exp.anchor(exp.reference(max)).parts(max);
+            for c in 0..x.read().classes() {
+                let e = x.read().load_whole(isa, c, j);
+                // As good as the maximum: without the errors of two exponentials.
+                x.store_whole(isa, c, j, Vf::<S, T>::select(e.eq(p * q), odds.p_max, e * inverse));
+            }
         }
     }
     left

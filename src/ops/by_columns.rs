@@ -5,7 +5,7 @@
 use crate::array::{Array, Columns, ColumnsMut, DType, Element, Flags, Offsets, Out, Span, SpanMut, Vf};
 use crate::kernels::bend::{self, Mask};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
-use crate::kernels::few::{self, Few, Next};
+use crate::kernels::few::{self, Few, Next, Want};
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::simd::{Isa, Kernel, Vector};
 
@@ -261,6 +261,9 @@ fn plain<T: Work>(job: &Job) -> bool {
 
 /// Whether [`plain_strip`] can do all of it.
 fn all_plain<T: Work>(job: &Job) -> bool {
+    if job.kind != Kind::Loss {
+        return T::DTYPE == DType::F32 && (1..=BLOCK).contains(&job.classes.size);
+    }
     plain::<T>(job)
         && job.weight.is_empty()
         && !job.weights.sampled()
@@ -348,7 +351,8 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
     let divisor = n as f64;
     let g = out.map(|_| 1.0 / divisor);
     let lanes = room(&mut single.block, few::LANES * stride);
-    let left = exec.level.run(Few { scale: 1.0, g, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes, next: Next::NONE });
+    let want = g.map_or(Want::Loss, Want::Gradient);
+    let left = exec.level.run(Few { scale: 1.0, want, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes, next: Next::NONE });
     let mean = (!left).then(|| {
         let mut total = Total::default();
         total.add(exec.level, &mut tile.loss, n);
@@ -376,8 +380,15 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
     let logits = room(&mut x, classes * stride);
     strip.fill::<E, T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
     let (target, lanes) = room(flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
-    job.level.run(Numbers::of(strip, target));
-    let g = job.out.map(|_| job.g);
+    if job.labels.is_some() {
+        job.level.run(Numbers::of(strip, target));
+    }
+    let want = match job.kind {
+        Kind::Loss => job.out.map_or(Want::Loss, |_| Want::Gradient(job.g)),
+        Kind::LogSumExp => Want::LogSumExp,
+        Kind::LogSoftmax => Want::Logs,
+        Kind::Softmax => Want::Probabilities,
+    };
     let tiled = ColumnsMut::of(logits, stride, classes, stride);
     let mut next = Next::NONE;
     if strip.path(job.tile_read) == Path::Columns {
@@ -385,7 +396,7 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
         let at = job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes);
         next = Next { at, bytes, class: job.classes.inner_stride(X), classes };
     }
-    let left = job.level.run(Few { scale: job.terms.scale, g, x: tiled, rows: n, target, loss: &mut tile.loss, lanes, next });
+    let left = job.level.run(Few { scale: job.terms.scale, want, x: tiled, rows: n, target, loss: &mut tile.loss, lanes, next });
     // Only adjacent rows are in a strip without being kept.
     if !job.weights.all && job.tile_read == Path::Columns {
         for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
@@ -400,7 +411,7 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
         for slot in (0..n).filter(|&slot| nan[slot]) {
             let mut one = Total::default();
             self::strip::<E, T>(&Strip::new(job, &kept[slot..=slot]), stride, scratch, &mut one);
-            loss[slot] = one.value().value();
+            loss[slot] = if job.kind == Kind::Loss { one.value().value() } else { T::buffers(scratch).0.lse[0] };
             if let Some(out) = job.out {
                 gather(out.array(), OUT, &job.classes, job.rows.offset(OUT, kept[slot]), 0, &mut logits[slot..], classes, stride);
             }
@@ -476,7 +487,16 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
         let tiled = ColumnsMut::of(x, stride, classes, stride);
         let (target, lanes) = room(operands.flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
         job.level.run(Numbers::of(strip, target));
-        job.level.run(Few { scale: job.terms.scale, g: None, x: tiled, rows: n, target, loss: &mut losses, lanes, next: Next::NONE });
+        job.level.run(Few {
+            scale: job.terms.scale,
+            want: Want::Loss,
+            x: tiled,
+            rows: n,
+            target,
+            loss: &mut losses,
+            lanes,
+            next: Next::NONE,
+        });
     }
     // Where the only target of each row stands in the tile. What is left out gets the target 0, and results that are overwritten.
     let mut index = [0; WIDTH];
