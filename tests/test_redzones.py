@@ -186,8 +186,8 @@ class Guarded:
         return array
 
 
-# What large results do: stores past the caches, a row written while the next one is read, exponentials computed twice.
-PAST_THE_CACHES = "stream_from=1,stream_columns_from=1,beside_from=1,recompute=1"
+# What large results do: stores past the caches, exponentials computed twice.
+PAST_THE_CACHES = "stream_from=1,stream_columns_from=1,recompute=2"
 
 
 def apart(function, *args, **options):

@@ -152,6 +152,9 @@ def main() -> int:
         path.parent.mkdir(exist_ok=True)
         report.write(path, results, verdicts, max(thread_counts), heading, list(failures))
         print(f"written: {path.relative_to(ROOT)}")
+        if not args.shapes and "float32" in dtypes:
+            about = f"{machine()}; {max(thread_counts)} threads; {numbers}; {dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}."
+            report.write_readme(ROOT / "README.md", results, max(thread_counts), about)
     return 0
 
 

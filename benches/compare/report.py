@@ -66,6 +66,38 @@ def grid_tables(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+BEGIN, END = "<!-- figures: written by make bench -->", "<!-- end of figures -->"
+
+
+def readme_table(results: Results, threads: int) -> str:
+    """What a reader of the README wants to know: a few shapes, ours beside NumPy and PyTorch as users call it."""
+    shapes = [((1024, 32000), "tokens"), ((8192, 1000), "images"), ((65536, 10), "few classes"), ((1, 10), "one call")]
+    rows = []
+    for shape, name in shapes:
+        medians = results.get((shape, "float32", threads), {})
+        for op, label, theirs in (
+            ("loss", "loss", "loss"),
+            ("grad", "loss + gradient", "grad"),
+            ("in place", "… in place", "grad"),
+            ("log_softmax", "log_softmax", "log_softmax"),
+        ):
+            if (op, WHO) in medians:
+                ours = medians[op, WHO]
+                others = [medians.get((theirs, who)) for who in ("NumPy", "PyTorch")]
+                rows.append(
+                    [f"{name}, {shape_name(shape)}", label, duration(ours), *("" if o is None else f"{o / ours:.1f}×" for o in others)]
+                )
+    return table(["float32", "work", "time", "NumPy takes", "PyTorch takes"], rows)
+
+
+def write_readme(path: Path, results: Results, threads: int, heading: str) -> None:
+    """Puts the table between the marks."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if after:
+        path.write_text(f"{before}{BEGIN}\n\n{heading}\n\n{readme_table(results, threads)}\n\n{END}{after}", encoding="utf-8")
+
+
 def bandwidth_table(results: Results, threads: int) -> str:
     rows = []
     for (shape, dtype, t), medians in results.items():
