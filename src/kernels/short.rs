@@ -22,6 +22,8 @@ pub struct Short<'a, T> {
     pub from: Option<(RawRows<'a, T>, RowsMut<'a, T>)>,
     /// Where the exponentials go, if anywhere; may be the rows themselves.
     pub dst: Option<RowsMut<'a, T>>,
+    /// Whether it is memory that no cache has: it is asked for, too.
+    pub cold: bool,
     /// A class of each row, or nothing: their logits go to `x_target`.
     pub classes: &'a [usize],
     /// Gets `max`, `ties`, `k`, `b` and `rest`.
@@ -71,7 +73,7 @@ impl<T: Summand> Kernel for Short<'_, T> {
 #[inline(always)]
 fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     const GROUP: usize = 16;
-    let Short { scale, x, from, dst, classes, tile } = job;
+    let Short { scale, x, from, dst, cold, classes, tile } = job;
     let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let limit = T::from_f64(T::LIMIT.to_f64() / scale);
@@ -111,13 +113,14 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 continue;
             }
             let at = exp.anchored(Vf::<S, T>::splat(isa, magic[r]), Vf::<S, T>::splat(isa, floor[r]));
+            let later = if STORE && cold { Some(dst.read().address(slot + n)) } else { None };
             let dst = if STORE { dst.row(slot) } else { SpanMut::of(&mut []) };
             let row = x.row(slot);
             let ahead = match from {
                 Some((raw, _)) => raw.address(slot + n),
                 None => x.address(slot + n),
             };
-            let (rest, ties) = sum_row::<S, T, STORE>(isa, &at, Vf::<S, T>::splat(isa, top[r]), row, ahead, dst);
+            let (rest, ties) = sum_row::<S, T, STORE>(isa, &at, Vf::<S, T>::splat(isa, top[r]), row, (ahead, later), dst);
             (tile.rest[slot], tile.ties[slot]) = (rest, ties as f64);
         }
         first += n;
@@ -125,14 +128,15 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     left
 }
 
-/// The sum of the exponentials of a row but for its maxima, and their number. Memory is asked for what lies `ahead`, a row that is read later.
+/// The sum of the exponentials of a row but for its maxima, and their number. Memory is asked for what lies `ahead`, a row that is read later, and for
+/// one that is written `later`.
 #[inline(always)]
 fn sum_row<S: Isa, T: Summand, const STORE: bool>(
     isa: S,
     at: &Anchored<Vf<S, T>>,
     top: Vf<S, T>,
     x: Span<T>,
-    ahead: *const u8,
+    (ahead, later): (*const u8, Option<*const u8>),
     dst: SpanMut<T>,
 ) -> (f64, usize) {
     let (step, len) = (Vf::<S, T>::LANES, x.len());
@@ -145,6 +149,11 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool>(
     let (mut k, mut i) = (0, 0);
     while i < len {
         let end = (len / group).min(k + most);
+        if STORE && let Some(later) = later {
+            for line in (i..len.min(i + most * group)).step_by(64 / size_of::<T>()) {
+                isa.prefetch(later.wrapping_add(line * size_of::<T>()));
+            }
+        }
         let room = end - k < most;
         let mut rest = [splat::<S, T>(isa, 0.0); 4];
         while k < end {

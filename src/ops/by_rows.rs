@@ -152,7 +152,7 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
         }
     };
     let scale = job.terms.scale;
-    if job.level.run(Short { scale, x, from, dst: e, classes: target, tile }) {
+    if job.level.run(Short { scale, x, from, dst: e, cold: in_result && job.stores != Stores::Cached, classes: target, tile }) {
         for slot in 0..n {
             if !tile.ties[slot].is_nan() {
                 continue;
