@@ -109,7 +109,7 @@ const APART: usize = BLOCK + 512;
 pub const TWO_BLOCKS: usize = APART + BLOCK;
 
 /// How far ahead of the next block memory is asked for: two pages, for the processor's own prefetching ends with the page.
-const LATER: usize = 8192;
+pub(super) const LATER: usize = 8192;
 
 /// Asks for what stands so far behind element `i`, of a run whose elements are read in order.
 #[inline(always)]

@@ -8,7 +8,7 @@ use crate::array::{DType, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
 use super::bend;
-use super::input::{Ahead, Input, Known, Making, Next};
+use super::input::{Ahead, Input, Known, LATER, Making, Next};
 use super::math::{Anchored, Cap, Exp, Real};
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
@@ -183,7 +183,8 @@ fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
     below.bits()
 }
 
-/// Classes of one block: the sums of their exponentials, and in the same loop the maximum of as many classes of the block after it.
+/// Classes of one block: the sums of their exponentials, and in the same loop the maximum of as many classes of the block after it. What is to be
+/// written `later` is asked for.
 ///
 /// CAP: they are capped first, and the exponentials that are kept are multiplied by the slopes. TOP: the running maximum is among them (or LIN, a
 /// dense stream, which needs to know of each whether it is), or off the grid of the integer reduction: then x − b first, which is exact or dwarfed
@@ -196,7 +197,7 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
     next: Next<T, M>,
     t: Span<T>,
     cap: Cap<T>,
-    dst: SpanMut<T>,
+    (dst, later): (SpanMut<T>, Option<*const u8>),
 ) -> Sums<Vf<S, T>> {
     let step = Vf::<S, T>::LANES;
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
@@ -214,6 +215,11 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
     let mut k = 0;
     while k < len / group {
         let end = (len / group).min(k + chain::<S, T>() / group);
+        if KEEP && let Some(later) = later {
+            for i in (k * group..end * group).step_by(64 / size_of::<T>()) {
+                isa.prefetch(later.wrapping_add(i * size_of::<T>()));
+            }
+        }
         while k < end {
             let (x, next) = (x.nth(k, group), next.nth(k, group));
             let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if KEEP { dst.nth(k, group) } else { dst });
@@ -318,6 +324,8 @@ pub struct Reduce<'a, T> {
     pub t: Input<'a, T>,
     /// Where e = exp(x − b)·2^−k goes, if anywhere; may be the row itself.
     pub dst: Option<SpanMut<'a, T>>,
+    /// Whether that is memory that no cache has: it is asked for, too.
+    pub cold: bool,
     /// The reference of block i at i, as far as there is room.
     pub references: &'a mut [Reference],
     /// What is known of the first block, and then of the block that `x` has ahead at its end.
@@ -363,7 +371,7 @@ fn capped<T: Real>(level: Level, cap: Cap<T>, x: T) -> T {
 
 #[inline(always)]
 fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<T>, bent: &mut [T]) -> State {
-    let Reduce { scale, classes, mut x, mut t, dst, references, known, mut wanted } = job;
+    let Reduce { scale, classes, mut x, mut t, dst, cold, references, known, mut wanted } = job;
     let setup = &Setup::<S, T>::new(isa, scale);
     let (lin, store) = (!CAP && !matches!(t, Input::None), dst.is_some());
     let dst = dst.unwrap_or(SpanMut::of(&mut []));
@@ -464,6 +472,7 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
             let x = block.part(from, n);
             let t = if lin { dense.part(from, n) } else { dense };
             let to = if store { dst.part(start + from, n) } else { dst };
+            let to = (to, cold.then(|| to.read().address(0).wrapping_add(LATER)));
             let sums = match (ahead, store) {
                 (Ahead::Here(next), false) if lin => pass::<S, T, _, true, false, false, true>(isa, &at, x, next.part(from, n), t, cap, to),
                 (Ahead::Here(next), true) if lin => pass::<S, T, _, true, true, false, true>(isa, &at, x, next.part(from, n), t, cap, to),

@@ -14,7 +14,7 @@ use crate::kernels::input::{Backwards, Input, Known, Raw, TWO_BLOCKS};
 use crate::kernels::rows::{BLOCK, Reduce, ReduceCapped, Wanted};
 use crate::kernels::short::{MOST_SHORT, RawRows, Short};
 use crate::kernels::state::{Reference, State};
-use crate::simd::{Isa, Kernel};
+use crate::simd::{Isa, Kernel, Level};
 use crate::threads;
 use crate::tunables::tunables;
 
@@ -33,8 +33,9 @@ const ROOM: usize = 32 << 10;
 /// Bytes of exponentials of long rows that are kept in scratch, where they cannot be kept in the result: part of L2.
 const KEPT: usize = 256 << 10;
 
-/// Bytes of a row from which on stores past the caches pay: at both ends of a row they share lines with its neighbours.
-const STREAMED: usize = 2 << 10;
+/// Bytes of a row from which on stores past the caches pay: at both ends of a row they share lines with its neighbours. With the widest vectors, and with
+/// others, where it takes more than one store to fill a line.
+const STREAMED: [usize; 2] = [2 << 10, 6 << 10];
 
 /// Rows of so many classes are written past the caches where exponentials are computed again: shorter ones have too little between their ends.
 const LONG: usize = BLOCK + BLOCK / 2;
@@ -163,6 +164,7 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
                 x: Input::row(x.row(slot)),
                 t: Input::None,
                 dst: e.map(|e| e.row(slot)),
+                cold: false,
                 references: &mut [],
                 known: &mut Known::default(),
                 wanted: Wanted { classes: &[], logits: &mut [] },
@@ -314,6 +316,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
             x,
             t,
             dst: store.then(|| stored(slot)),
+            cold: in_result && job.stores != Stores::Cached,
             references: &mut references[slot * blocks..][..blocks],
             known,
             wanted,
@@ -451,6 +454,7 @@ fn segment<T: Work>(
         x: Input::Row { row: x.part(start, n), after },
         t: Input::None,
         dst: dst.map(|dst| dst.part(start, n)),
+        cold: job.stores != Stores::Cached,
         references,
         known,
         wanted: Wanted { classes: &class, logits: &mut logit },
@@ -549,7 +553,8 @@ impl Results<'_, '_, '_> {
     ) {
         let Self { job, from, tile, first, past } = self;
         let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
-        let past = past && job.stores != Stores::Cached && job.classes.size * size_of::<O>() >= STREAMED;
+        let past =
+            past && job.stores != Stores::Cached && job.classes.size * size_of::<O>() >= STREAMED[usize::from(job.level != Level::Avx512)];
         job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, half, t, references, dst, past });
     }
 }
