@@ -23,7 +23,7 @@ pub struct Few<'a, T> {
     pub rows: usize,
     /// Their classes, as numbers of the type; any numbers where there are no losses.
     pub target: &'a [T],
-    /// Gets the losses, or their logsumexp.
+    /// Gets the losses, or zeros.
     pub loss: &'a mut [f64],
     /// Room for [`LANES`] numbers per row.
     pub lanes: &'a mut [T],
@@ -38,11 +38,9 @@ pub enum Want {
     Loss,
     /// The gradient times a number; see [`gradient_fits`].
     Gradient(f64),
-    /// Nothing; there are no targets, as for the others that follow.
-    LogSumExp,
-    /// Log-probabilities.
+    /// Log-probabilities; there are no targets.
     Logs,
-    /// Probabilities.
+    /// Probabilities; there are no targets.
     Probabilities,
 }
 
@@ -114,7 +112,7 @@ impl<T: Summand> Kernel for Few<'_, T> {
         let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
         let [max, ties, logit, rest, lost, slope, patch] = [0, 1, 2, 3, 4, 5, 6].map(|i| lanes.part(i * whole, whole));
         let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, rest, lost, slope, patch, loss };
-        if matches!(want, Want::LogSumExp | Want::Logs | Want::Probabilities) {
+        if matches!(want, Want::Logs | Want::Probabilities) {
             return transform::<S, T>(isa, want, x, rows, next);
         }
         if x.read().classes() == 2 {
@@ -302,19 +300,21 @@ fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Row
         let odds = Odds::of(isa, others);
         let good = zero.lt(ties).and(others.eq(others));
         left |= good.count() < step;
-        T::store_wide(isa, Vf::<S, T>::select(good, max + odds.log_sum, bad), rows.loss.nth(i, step), 0);
+        T::store_wide(isa, Vf::<S, T>::select(good, zero, bad), rows.loss.nth(i, step), 0);
         if let Want::Logs = want {
             for c in 0..x.read().classes() {
                 x.store_whole(isa, c, j, (x.read().load_whole(isa, c, j) - max) - odds.log_sum);
             }
         }
         if let Want::Probabilities = want {
-            let inverse = over.times(odds.p_max);
+            // The probability of a maximum, with a division of its own: all others have its error.
+            let p_max = one / (one + others);
+            let inverse = over.times(p_max);
             let (p, q) = exp.anchor(exp.reference(max)).parts(max);
             for c in 0..x.read().classes() {
                 let e = x.read().load_whole(isa, c, j);
                 // As good as the maximum: without the errors of two exponentials.
-                x.store_whole(isa, c, j, Vf::<S, T>::select(e.eq(p * q), odds.p_max, e * inverse));
+                x.store_whole(isa, c, j, Vf::<S, T>::select(e.eq(p * q), p_max, e * inverse));
             }
         }
     }
@@ -346,8 +346,9 @@ fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, x: ColumnsMut<T
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);
         left |= good.count() < step;
         if gradient {
-            // The probability of the other class, which pulls one up and the other down.
-            let pull = g * Vf::<S, T>::select(logit.eq(max), others * odds.p_max, odds.p_max);
+            // The probability of the other class, which pulls one up and the other down; 1 − p where p has digits to spare.
+            let least = others * odds.p_max;
+            let pull = g * Vf::<S, T>::select(logit.eq(max), least, one - least);
             let first = Vf::<S, T>::select(second, pull, -pull);
             x.store_whole(isa, 0, j, first);
             x.store_whole(isa, 1, j, -first);

@@ -262,7 +262,8 @@ fn plain<T: Work>(job: &Job) -> bool {
 /// Whether [`plain_strip`] can do all of it.
 fn all_plain<T: Work>(job: &Job) -> bool {
     if job.kind != Kind::Loss {
-        return T::DTYPE == DType::F32 && (1..=BLOCK).contains(&job.classes.size);
+        // A sum with the maximum wants more digits of the logarithm than float32 has.
+        return job.kind != Kind::LogSumExp && T::DTYPE == DType::F32 && (1..=BLOCK).contains(&job.classes.size);
     }
     plain::<T>(job)
         && job.weight.is_empty()
@@ -385,9 +386,8 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
     }
     let want = match job.kind {
         Kind::Loss => job.out.map_or(Want::Loss, |_| Want::Gradient(job.g)),
-        Kind::LogSumExp => Want::LogSumExp,
-        Kind::LogSoftmax => Want::Logs,
         Kind::Softmax => Want::Probabilities,
+        Kind::LogSoftmax | Kind::LogSumExp => Want::Logs,
     };
     let tiled = ColumnsMut::of(logits, stride, classes, stride);
     let mut next = Next::NONE;
@@ -411,7 +411,7 @@ fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scrat
         for slot in (0..n).filter(|&slot| nan[slot]) {
             let mut one = Total::default();
             self::strip::<E, T>(&Strip::new(job, &kept[slot..=slot]), stride, scratch, &mut one);
-            loss[slot] = if job.kind == Kind::Loss { one.value().value() } else { T::buffers(scratch).0.lse[0] };
+            loss[slot] = one.value().value();
             if let Some(out) = job.out {
                 gather(out.array(), OUT, &job.classes, job.rows.offset(OUT, kept[slot]), 0, &mut logits[slot..], classes, stride);
             }
