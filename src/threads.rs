@@ -59,17 +59,19 @@ impl Pool {
 
     /// What a helper does while it is awake.
     fn serve(&self) {
-        let mut patience = 0;
+        let mut worked = false;
         loop {
             while let Some(work) = self.take() {
                 work();
-                // Where several callers share the processors a helper that only turns is in their way.
-                patience = if self.active.load(Ordering::Relaxed) > 1 { 0 } else { PATIENCE };
+                worked = true;
             }
             self.waiting.fetch_add(1, Ordering::SeqCst);
             let mut turns = 0;
-            while self.pending.load(Ordering::Relaxed) == 0
-                && (turns < patience || turns < PATIENCE && self.announced.load(Ordering::Relaxed) > 0)
+            // Where several callers share the processors a helper that only turns is in their way.
+            while turns < PATIENCE
+                && self.pending.load(Ordering::Relaxed) == 0
+                && self.active.load(Ordering::Relaxed) < 2
+                && (worked || self.announced.load(Ordering::Relaxed) == 1)
             {
                 core::hint::spin_loop();
                 turns += 1;
