@@ -133,9 +133,9 @@ pub fn interleave_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Colum
     }
 }
 
-/// A run of elements, widened.
+/// A run of elements as another type that is computed in the same: widened, or rounded once.
 #[inline(always)]
-pub fn widen<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Span<E>, dst: SpanMut<T>) {
+pub fn convert<S: Isa, A: Element<Acc = T>, B: Element<Acc = T>, T: Float>(isa: S, src: Span<A>, dst: SpanMut<B>) {
     let step = Vf::<S, T>::LANES;
     let mut i = 0;
     while i + step <= src.len() {
@@ -143,20 +143,6 @@ pub fn widen<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Span<E>, dst: S
         i += step;
     }
     for i in i..src.len() {
-        dst.set(i, src.get(i).to_acc());
-    }
-}
-
-/// The inverse of [`widen`], rounded once.
-#[inline(always)]
-pub fn narrow<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Span<T>, dst: SpanMut<E>) {
-    let step = Vf::<S, T>::LANES;
-    let mut i = 0;
-    while i + step <= src.len() {
-        dst.store(isa, i, src.load(isa, i));
-        i += step;
-    }
-    for i in i..src.len() {
-        dst.set(i, E::from_acc(src.get(i)));
+        dst.set(i, B::from_acc(src.get(i).to_acc()));
     }
 }

@@ -2,21 +2,19 @@
 //!
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Array, Columns, ColumnsMut, DType, Element, Flags, Offsets, Out, Span, SpanMut, Vf};
+use crate::array::{Columns, ColumnsMut, DType, Element, Flags, Offsets, Span, SpanMut, Vf};
 use crate::kernels::bend::{self, Mask};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
-use crate::kernels::few::{self, Few, Next, Want};
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::simd::{Isa, Kernel, Vector};
 
-use super::api::Exec;
-use super::job::{Job, Kind, OUT, PROBS, RESULT, X};
+use super::few;
+use super::job::{Job, Kind, PROBS, RESULT, X};
 use super::plan::Path;
-use super::scratch::{Buffer, Buffers, SCRATCH, Scratch, Work, room};
-use super::source::{dense_row, flags, gather, row_spread, shared_stream, softcap, unbend_patches};
+use super::scratch::{Buffer, Buffers, Scratch, Work, room};
+use super::source::{dense_row, flags, row_spread, shared_stream, softcap, unbend_patches};
 use super::strip::{Finish, Strip, Total, collect, ignored, prepare, targets};
-use super::targets::NONE;
-use super::tiles::{LANES, Move};
+use super::tiles::LANES;
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
 const ROOM: usize = 16 << 10;
@@ -220,7 +218,7 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     // Whole vectors of any level.
     let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, WIDTH);
     let width = if job.classes.size > BLOCK { WIDTH } else { width };
-    let plain = all_plain::<T>(job);
+    let plain = few::all_plain::<T>(job);
     let mut row = first;
     while row < last {
         let (start, n);
@@ -237,7 +235,7 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
         if n > 0 {
             let rows = Strip::new(job, &kept[..n]);
             if plain {
-                plain_strip::<E, T>(&rows, width, scratch, total);
+                few::plain_strip::<E, T>(&rows, width, scratch, total);
             } else {
                 strip::<E, T>(&rows, width, scratch, total);
             }
@@ -248,190 +246,8 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
     }
 }
 
-/// Whether losses are those of [`Few`]: index targets in float32, and nothing but what multiplies the loss of a row or replaces its logits.
-fn plain<T: Work>(job: &Job) -> bool {
-    let Some(labels) = &job.labels else { return false };
-    T::DTYPE == DType::F32
-        && (1..=BLOCK).contains(&job.classes.size)
-        && labels.entries == 1
-        && labels.share.is_empty()
-        && !job.terms.dense
-        && job.terms.z_loss == 0.0
-}
-
-/// Whether [`plain_strip`] can do all of it.
-fn all_plain<T: Work>(job: &Job) -> bool {
-    if job.kind != Kind::Loss {
-        // A sum with the maximum wants more digits of the logarithm than float32 has.
-        return job.kind != Kind::LogSumExp && T::DTYPE == DType::F32 && (1..=BLOCK).contains(&job.classes.size);
-    }
-    plain::<T>(job)
-        && job.weight.is_empty()
-        && !job.weights.sampled()
-        && !job.bend.is_some()
-        && job.upstream.is_none()
-        && few::gradient_fits::<T>(job.g * job.terms.scale)
-}
-
-/// The classes of a strip as numbers; of rows without one, any.
-struct Numbers<'s, T> {
-    labels: &'s [i64],
-    /// Whose they are, but for a run of all of them.
-    rows: Option<&'s [usize]>,
-    target: &'s mut [T],
-}
-
-impl<'s, T: Work> Numbers<'s, T> {
-    fn of(strip: &'s Strip, target: &'s mut [T]) -> Self {
-        let labels = strip.job.labels.as_ref().map_or(&[][..], |labels| &labels.class);
-        if strip.run {
-            return Self { labels: &labels[strip.kept[0]..][..strip.kept.len()], rows: None, target };
-        }
-        Self { labels, rows: Some(strip.kept), target }
-    }
-}
-
-impl<T: Work> Kernel for Numbers<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Isa>(self, _isa: S) {
-        // There are few classes: half of the integer is all of it, and what vectors can convert.
-        match self.rows {
-            None => {
-                for (target, &class) in self.target.iter_mut().zip(self.labels) {
-                    *target = T::number_f32(class as i32 as f32);
-                }
-            }
-            Some(rows) => {
-                for (target, &row) in self.target.iter_mut().zip(rows) {
-                    *target = T::number_f32(self.labels[row] as i32 as f32);
-                }
-            }
-        }
-    }
-}
-
-/// Most rows of a small call, and most elements.
-const SMALL: usize = 64;
-pub(super) const SMALL_SIZE: usize = SMALL * columns::MOST;
-
-/// The plain case of one strip of float32 rows in C order with int64 labels, where making a job of it would take longer than the work: the mean of
-/// the losses, and the gradient. Nothing, and nothing is written, where it is not that simple: [`super::entry::cross_entropy`] knows.
-pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out: Option<&Out>) -> Option<f64> {
-    let (&[n, classes], &[labels]) = (x.shape(), y.shape()) else { return None };
-    let in_order =
-        |array: &Array, dtype: DType, strides: &[isize]| array.dtype() == dtype && array.is_plain() && array.strides() == strides;
-    let rows = [classes as isize * 4, 4];
-    if !(1..=SMALL).contains(&n)
-        || !(2..=columns::MOST).contains(&classes)
-        || labels != n
-        || !in_order(x, DType::F32, &rows)
-        || !in_order(y, DType::I64, &[8])
-        || out.is_some_and(|out| out.array().shape() != x.shape() || !in_order(out.array(), DType::F32, &rows))
-    {
-        return None;
-    }
-    let mut class = [0; SMALL];
-    if y.read_classes(0, 8, n, classes, ignore, NONE, &mut class, 1) != (None, false) {
-        return None;
-    }
-    let mut target = [0.0; SMALL];
-    target.iter_mut().zip(&class).for_each(|(target, &class)| *target = class as f32);
-    let mut scratch = SCRATCH.take().unwrap_or_default();
-    let Scratch { tile, single, offsets, .. } = &mut *scratch;
-    tile.reserve(0);
-    let stride = n.next_multiple_of(LANES);
-    let logits = room(&mut single.x, classes * stride);
-    let tiled = ColumnsMut::of(logits, stride, classes, stride);
-    let filled = if classes == 2 {
-        Move::<f32, f32>::PairsIn(x.span(0, 2 * n), tiled)
-    } else {
-        Move::RowsIn(x.rows(0, offsets[0].run(rows[0], n, stride), classes), tiled)
-    };
-    exec.level.run(filled);
-    let divisor = n as f64;
-    let g = out.map(|_| 1.0 / divisor);
-    let lanes = room(&mut single.block, few::LANES * stride);
-    let want = g.map_or(Want::Loss, Want::Gradient);
-    let left = exec.level.run(Few { scale: 1.0, want, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes, next: Next::NONE });
-    let mean = (!left).then(|| {
-        let mut total = Total::default();
-        total.add(exec.level, &mut tile.loss, n);
-        total.value().value() / divisor
-    });
-    if let (Some(_), Some(out)) = (mean, out) {
-        exec.level.run(if classes == 2 {
-            Move::<f32, f32>::PairsOut(tiled.read(), out.span(0, 2 * n))
-        } else {
-            Move::RowsOut(tiled.read(), out.rows(0, offsets[0].run(rows[0], n, n), classes))
-        });
-    }
-    SCRATCH.set(Some(scratch));
-    mean
-}
-
-/// One strip in the plain case.
-fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scratch: &mut Scratch, total: &mut Total) {
-    let Strip { job, kept, .. } = *strip;
-    let (classes, n) = (job.classes.size, kept.len());
-    let mut offsets = core::mem::take(&mut scratch.offsets);
-    let (tile, Buffers { x, block: flat, .. }, _) = T::buffers(scratch);
-    tile.reserve(1);
-    let mut x = core::mem::take(x);
-    let logits = room(&mut x, classes * stride);
-    strip.fill::<E, T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
-    let (target, lanes) = room(flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
-    if job.labels.is_some() {
-        job.level.run(Numbers::of(strip, target));
-    }
-    let want = match job.kind {
-        Kind::Loss => job.out.map_or(Want::Loss, |_| Want::Gradient(job.g)),
-        Kind::Softmax => Want::Probabilities,
-        Kind::LogSoftmax | Kind::LogSumExp => Want::Logs,
-    };
-    let tiled = ColumnsMut::of(logits, stride, classes, stride);
-    let mut next = Next::NONE;
-    if strip.path(job.tile_read) == Path::Columns {
-        let bytes = n * size_of::<E>();
-        let at = job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes);
-        next = Next { at, bytes, class: job.classes.inner_stride(X), classes };
-    }
-    let left = job.level.run(Few { scale: job.terms.scale, want, x: tiled, rows: n, target, loss: &mut tile.loss, lanes, next });
-    // Only adjacent rows are in a strip without being kept.
-    if !job.weights.all && job.tile_read == Path::Columns {
-        for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
-            tile.loss[slot] = 0.0;
-            (0..classes).for_each(|c| logits[c * stride + slot] = T::ZERO);
-        }
-    }
-    if left {
-        // The others know nothing of them: one by one, while their logits still stand where they were.
-        let mut loss = tile.loss.clone();
-        let nan: Vec<bool> = loss.iter().map(|loss| loss.is_nan()).collect();
-        for slot in (0..n).filter(|&slot| nan[slot]) {
-            let mut one = Total::default();
-            self::strip::<E, T>(&Strip::new(job, &kept[slot..=slot]), stride, scratch, &mut one);
-            loss[slot] = one.value().value();
-            if let Some(out) = job.out {
-                gather(out.array(), OUT, &job.classes, job.rows.offset(OUT, kept[slot]), 0, &mut logits[slot..], classes, stride);
-            }
-        }
-        T::buffers(scratch).0.loss = loss;
-    }
-    let (tile, Buffers { x: kept_x, block: flat, .. }, _) = T::buffers(scratch);
-    if let Some(result) = job.result {
-        strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &tile.loss[slot..], 1));
-    }
-    if let Some(out) = job.out {
-        strip.empty::<E, T>(out, (0, classes), (logits, stride), &mut offsets, flat);
-    }
-    *kept_x = x;
-    total.add(job.level, &mut tile.loss, n);
-    scratch.offsets = offsets;
-}
-
 /// One strip: fills, reduces, finishes, emits.
-fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch, total: &mut Total) {
+pub(super) fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let few = classes <= BLOCK;
@@ -483,20 +299,9 @@ fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mu
     }
     // The same losses as in the plain case, where they are multiplied by 1.
     let mut losses = [f64::NAN; WIDTH];
-    if few && self::plain::<T>(job) {
+    if few && few::plain::<T>(job) {
         let tiled = ColumnsMut::of(x, stride, classes, stride);
-        let (target, lanes) = room(operands.flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
-        job.level.run(Numbers::of(strip, target));
-        job.level.run(Few {
-            scale: job.terms.scale,
-            want: Want::Loss,
-            x: tiled,
-            rows: n,
-            target,
-            loss: &mut losses,
-            lanes,
-            next: Next::NONE,
-        });
+        few::losses(strip, tiled, operands.flat, &mut losses);
     }
     // Where the only target of each row stands in the tile. What is left out gets the target 0, and results that are overwritten.
     let mut index = [0; WIDTH];

@@ -3,8 +3,6 @@
 //! Rows are read where they stand if they are adjacent elements of the type that is computed in, otherwise they are copied to scratch, or block by
 //! block if they are long. Results are written where they belong, or to scratch first.
 
-use std::sync::Mutex;
-
 use crate::array::{DType, Element, HalfRows, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::bend::Product;
 use crate::kernels::copy;
@@ -15,11 +13,11 @@ use crate::kernels::rows::{BLOCK, Reduce, ReduceCapped, Wanted};
 use crate::kernels::short::{MOST_SHORT, RawRows, Short};
 use crate::kernels::state::{Reference, State};
 use crate::simd::{Isa, Kernel, Level};
-use crate::threads;
 use crate::tunables::tunables;
 
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
 use super::scratch::{Buffers, Scratch, Work, room};
+use super::segments;
 use super::source::{
     self, adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, target_slopes, unbend, unbend_patches,
     unbent,
@@ -76,19 +74,19 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
 /// How the results of a call come about.
 #[derive(Clone, Copy)]
 #[allow(clippy::struct_excessive_bools)]
-struct Way {
+pub(super) struct Way {
     /// Whether logits are read where they stand.
-    direct: bool,
+    pub(super) direct: bool,
     /// Whether exponentials are kept.
-    store: bool,
+    pub(super) store: bool,
     /// Whether they are kept where the results will stand.
-    in_result: bool,
+    pub(super) in_result: bool,
     /// Whether results go where they belong at once: otherwise there is something to be done before, or they do not stand together.
-    at_once: bool,
+    pub(super) at_once: bool,
 }
 
 impl Way {
-    fn of<E: Element, T: Work>(job: &Job) -> Self {
+    pub(super) fn of<E: Element, T: Work>(job: &Job) -> Self {
         let same = E::DTYPE == T::DTYPE;
         let store = job.out.is_some() && job.kind != Kind::LogSoftmax;
         // Probabilities may be under False of a mask, where the gradient is 0 all the same.
@@ -268,7 +266,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
         _ => exponentials.part(slot * classes, classes),
     };
     let past = at_once && !in_result;
-    let segments = segmented::<E, T>(job);
+    let segments = segments::segmented::<E, T>(job);
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     let mut slopes_at = Vec::new();
     for (slot, &row) in kept.iter().enumerate() {
@@ -326,18 +324,12 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
             Some(cap) if single => level.run(ReduceCapped { row: reduce, cap, bent }),
             _ if segments => {
                 let Reduce { x, dst, references, known, wanted, .. } = reduce;
-                let Input::Row { row: x, after } = x else { continue };
-                let mut all = None;
-                for index in 0..classes.div_ceil(SEGMENT) {
-                    let references = &mut references[index * SEGMENT / BLOCK..];
-                    let (state, logit) = segment(job, x, after, (row, index), dst, references, known);
-                    all = Some(all.map_or(state, |all: State| all.join(state, scale)));
-                    if let Some(logit) = logit {
-                        wanted.logits[slot] = logit;
-                    }
+                let Input::Row { row: x, after } = x else { unreachable!("such rows are read where they stand") };
+                let (state, logit) = segments::reduce(job, row, x, after, dst, references, known);
+                if let Some(logit) = logit {
+                    wanted.logits[slot] = logit;
                 }
-                let Some(all) = all else { continue };
-                all
+                state
             }
             _ => level.run(reduce),
         };
@@ -418,107 +410,6 @@ fn backwards<T: Work>(job: &Job) -> bool {
     T::DTYPE == DType::F32 && job.lines && !job.bend.is_some() && job.x.dtype() == T::DTYPE && job.classes.inner_stride(X) < 0
 }
 
-/// Classes of a segment.
-const SEGMENT: usize = 64 * BLOCK;
-
-/// Whether rows are reduced a segment at a time, each as if it were a row: so that threads can share one, and with the same bits if they do not.
-pub(super) fn segmented<E: Element, T: Work>(job: &Job) -> bool {
-    job.by_rows
-        && job.direct
-        && E::DTYPE == T::DTYPE
-        && !job.terms.dense
-        && job.terms.entries <= 1
-        && job.out.is_none_or(|_| job.direct_out)
-        && job.classes.size >= 2 * SEGMENT
-}
-
-/// A segment of a row, `x`: its state, and the logit of the target if that is in it. `known` is of the segment before.
-fn segment<T: Work>(
-    job: &Job,
-    x: Span<T>,
-    after: Span<T>,
-    (row, index): (usize, usize),
-    dst: Option<SpanMut<T>>,
-    references: &mut [Reference],
-    known: &mut Known<T>,
-) -> (State, Option<f64>) {
-    let start = index * SEGMENT;
-    let n = SEGMENT.min(x.len() - start);
-    let left = x.len() - start - n;
-    let after = if left > 0 { x.part(start + n, left.min(SEGMENT)) } else { after };
-    let class = job.labels.as_ref().filter(|labels| labels.entries == 1).map_or(usize::MAX, |labels| labels.class[row] as usize);
-    let (class, mut logit) = ([(class.wrapping_sub(start), 0)], [0.0]);
-    let reduce = Reduce {
-        scale: job.terms.scale,
-        classes: n,
-        x: Input::Row { row: x.part(start, n), after },
-        t: Input::None,
-        dst: dst.map(|dst| dst.part(start, n)),
-        cold: job.stores != Stores::Cached,
-        references,
-        known,
-        wanted: Wanted { classes: &class, logits: &mut logit },
-    };
-    let state = job.level.run(reduce);
-    (state, (class[0].0 < n).then_some(logit[0]))
-}
-
-/// Rows by several threads each. Their losses are added to `total`.
-pub(super) fn split<E: Element<Acc = T>, T: Work>(job: &Job, threads: usize, scratch: &mut Scratch, total: &mut Total) {
-    let (classes, scale) = (job.classes.size, job.terms.scale);
-    let Way { store, at_once, .. } = Way::of::<E, T>(job);
-    let store = store && job.stores != Stores::PastAnew;
-    let from = match job.kind {
-        Kind::LogSoftmax => From::Logs,
-        _ if store => From::Stored,
-        _ => From::Anew,
-    };
-    let tile = T::buffers(scratch).0;
-    for row in 0..job.rows.size {
-        let kept = &[row][..usize::from(job.kept(row))];
-        if kept.is_empty() {
-            ignored(job, row, row + 1, kept);
-            continue;
-        }
-        let strip = Strip::new(job, kept);
-        let plain = prepare(&strip, tile);
-        let x = || job.x.span::<T>(job.rows.offset(X, row), classes);
-        let out = || job.out.map(|out| out.span::<T>(job.rows.offset(OUT, row), classes));
-        let parts: Vec<_> =
-            (0..classes.div_ceil(SEGMENT)).map(|_| Mutex::new((None, [Reference { k: 0.0, b: 0.0 }; SEGMENT / BLOCK]))).collect();
-        threads::for_each(threads, parts.len(), &|index| {
-            let dst = out().filter(|_| store);
-            if let Ok(mut part) = parts[index].lock() {
-                let (result, references) = &mut *part;
-                *result = Some(segment(job, x(), Span::of(&[]), (row, index), dst, references, &mut Known::default()));
-            }
-        });
-        let parts: Vec<_> = parts.into_iter().filter_map(|part| part.into_inner().ok()).collect();
-        let Some(state) = parts.iter().filter_map(|part| part.0.map(|part| part.0)).reduce(|all, next| all.join(next, scale)) else {
-            continue;
-        };
-        put(tile, 0, &state);
-        if let Some(logit) = parts.iter().find_map(|part| part.0.and_then(|part| part.1)) {
-            tile.x_target[0] = logit;
-        }
-        let terms = Terms { plain, ..job.terms };
-        job.level.run(Finish { terms: &terms, tile, rows: (0, 1), single: T::DTYPE == DType::F32 });
-        if let Some(results) = job.out {
-            let shared = &*tile;
-            threads::for_each(threads, parts.len(), &|index| {
-                let (start, n) = (index * SEGMENT, SEGMENT.min(classes - index * SEGMENT));
-                let src = if store { out().map_or(x(), SpanMut::read) } else { x() };
-                let references = if store { &parts[index].1[..n.div_ceil(BLOCK)] } else { &[] };
-                let dst = results.span::<E>(job.rows.offset(OUT, row), classes).part(start, n);
-                let emit = Results { job, from, tile: shared, first: 0, past: at_once && !store };
-                emit.write::<E, T>(Rows::single(src.part(start, n)), Span::of(&[]), references, RowsMut::single(dst));
-            });
-            patch::<E>(&strip, tile, results, at_once);
-        }
-        settle(&strip, tile, total);
-    }
-}
-
 /// One logit.
 fn logit<T: Work>(job: &Job, row: usize, class: usize) -> f64 {
     let mut x = [T::ZERO];
@@ -528,18 +419,18 @@ fn logit<T: Work>(job: &Job, row: usize, class: usize) -> f64 {
 
 /// What results are made with.
 #[derive(Clone, Copy)]
-struct Results<'r, 'j, 'a> {
-    job: &'j Job<'a>,
-    from: From,
-    tile: &'r Tile,
+pub(super) struct Results<'r, 'j, 'a> {
+    pub(super) job: &'j Job<'a>,
+    pub(super) from: From,
+    pub(super) tile: &'r Tile,
     /// The slot of the first row.
-    first: usize,
+    pub(super) first: usize,
     /// Whether results may go past the caches: not where exponentials are.
-    past: bool,
+    pub(super) past: bool,
 }
 
 impl Results<'_, '_, '_> {
-    fn write<O: Element<Acc = T>, T: Work>(self, src: Rows<T>, t: Span<T>, references: &[Reference], dst: RowsMut<O>) {
+    pub(super) fn write<O: Element<Acc = T>, T: Work>(self, src: Rows<T>, t: Span<T>, references: &[Reference], dst: RowsMut<O>) {
         self.emit(src, None, t, references, dst);
     }
 
@@ -589,11 +480,11 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Narrow<'_, E, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        copy::narrow(isa, self.src, self.dst);
+        copy::convert(isa, self.src, self.dst);
     }
 }
 
-fn put(tile: &mut Tile, slot: usize, state: &State) {
+pub(super) fn put(tile: &mut Tile, slot: usize, state: &State) {
     tile.max[slot] = state.max;
     tile.ties[slot] = state.ties;
     tile.arg[slot] = state.arg as f64;
@@ -621,7 +512,7 @@ fn clear(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
 }
 
 /// The exact values at a lone maximum and at the sparse targets.
-fn patch<E: Element>(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
+pub(super) fn patch<E: Element>(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
     let Strip { job, kept, .. } = *strip;
     clear(strip, tile, out, at_once);
     if job.kind != Kind::Loss {
@@ -642,7 +533,7 @@ fn patch<E: Element>(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
 }
 
 /// Writes row results and adds the losses.
-fn settle(strip: &Strip, tile: &mut Tile, total: &mut Total) {
+pub(super) fn settle(strip: &Strip, tile: &mut Tile, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let loss = job.kind == Kind::Loss;
     if let Some(result) = job.result {

@@ -5,7 +5,7 @@ use crate::kernels::finish::{APART, Terms};
 use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
-use super::by_columns;
+use super::few;
 use super::job::{Job, Kind};
 use super::source::Bend;
 use super::targets::{Labels, RowWeights, read_optional};
@@ -89,9 +89,9 @@ pub fn cross_entropy(
 }
 
 /// The mean of [`cross_entropy`] without options over the last axis, for calls so small that looking at options takes longer: nothing where it has
-/// to be asked, as `by_columns::small` says.
+/// to be asked, as `few::small` says.
 pub fn small_cross_entropy(exec: &Exec, logits: &Array, target: &Array, ignore_index: Option<i64>, out: Option<&Out>) -> Option<f64> {
-    by_columns::small(exec, logits, target, ignore_index, out)
+    few::small(exec, logits, target, ignore_index, out)
 }
 
 /// Asks for the scratch memory that grows with the arguments (classes that a smoothing stream names, classes per sparse row) and gives it back,

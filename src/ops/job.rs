@@ -17,7 +17,7 @@ use super::source::Bend;
 use super::strip::Total;
 use super::targets::{Labels, RowWeights, filled, row_shape};
 use super::with_element;
-use super::{by_columns, by_rows};
+use super::{by_columns, by_rows, segments};
 
 /// Elements per task: enough to be worth handing to another thread, and a function of the shape alone, so that the bits do not depend on the threads.
 pub(super) const TASK: usize = 1 << 15;
@@ -250,8 +250,8 @@ impl<'a> Job<'a> {
     fn split(&self, exec: &Exec) -> bool {
         (1..exec.threads).contains(&self.rows.size)
             && match self.x.dtype() {
-                DType::F32 => by_rows::segmented::<f32, f32>(self),
-                DType::F64 => by_rows::segmented::<f64, f64>(self),
+                DType::F32 => segments::segmented::<f32, f32>(self),
+                DType::F64 => segments::segmented::<f64, f64>(self),
                 _ => false,
             }
     }
@@ -278,8 +278,8 @@ impl<'a> Job<'a> {
         if self.split(exec) {
             let (mut scratch, mut sum) = (SCRATCH.take().unwrap_or_default(), Total::default());
             match self.x.dtype() {
-                DType::F64 => by_rows::split::<f64, _>(self, exec.threads, &mut scratch, &mut sum),
-                _ => by_rows::split::<f32, _>(self, exec.threads, &mut scratch, &mut sum),
+                DType::F64 => segments::split::<f64, _>(self, exec.threads, &mut scratch, &mut sum),
+                _ => segments::split::<f32, _>(self, exec.threads, &mut scratch, &mut sum),
             }
             SCRATCH.set(Some(scratch));
             return Ok(sum.value().value());

@@ -8,11 +8,13 @@ mod blocks;
 mod by_columns;
 mod by_rows;
 mod entry;
+mod few;
 mod job;
 mod kl;
 mod plan;
 mod score;
 mod scratch;
+mod segments;
 mod source;
 mod strip;
 mod targets;
@@ -29,7 +31,7 @@ pub use topk::topk_logprobs;
 pub use vjp::{log_softmax_vjp, nll_loss, softmax_vjp};
 
 /// Most elements of [`small_cross_entropy`].
-pub const SMALL_SIZE: usize = by_columns::SMALL_SIZE;
+pub const SMALL_SIZE: usize = few::SMALL_SIZE;
 
 /// Runs `$body` with the type alias `$E` standing for the element type of a float dtype.
 macro_rules! with_element {

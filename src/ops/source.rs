@@ -70,7 +70,7 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Line<'_, E, T> {
             isa.prefetch(src.address(i).wrapping_offset(next));
         }
         if !backwards {
-            return copy::widen(isa, src, SpanMut::of(dst));
+            return copy::convert(isa, src, SpanMut::of(dst));
         }
         let (step, n) = (Vf::<S, T>::LANES, src.len());
         let mut i = 0;

@@ -150,13 +150,13 @@ impl<E: Element<Acc = T>, T: Work> Kernel for Move<'_, E, T> {
             Self::RowsOut(tile, dst) => copy::transpose_out(isa, tile, dst),
             Self::Widen(src, dst) => {
                 for r in 0..src.count() {
-                    copy::widen(isa, src.row(r), dst.part(r * src.len(), src.len()));
+                    copy::convert(isa, src.row(r), dst.part(r * src.len(), src.len()));
                 }
             }
             Self::Narrow(src, dst) => {
                 let len = dst.row(0).read().len();
                 for r in 0..dst.count() {
-                    copy::narrow(isa, src.part(r * len, len), dst.row(r));
+                    copy::convert(isa, src.part(r * len, len), dst.row(r));
                 }
             }
         }

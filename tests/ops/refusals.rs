@@ -8,6 +8,27 @@ use super::tensor::{Layout, Tensor};
 use super::{levels, without};
 
 #[test]
+fn the_sides_of_many_mixed_rows_are_read_by_all_threads() {
+    let n = 20_000;
+    let x = Tensor::floats(DType::F32, Layout::C, &[n, 10], &vec![0.5; n * 10]);
+    let lam = Tensor::floats(DType::F64, Layout::C, &[n], &vec![0.25; n]);
+    let good: Vec<i128> = (0..n).map(|r| r as i128 % 10).collect();
+    for level in levels() {
+        for (argument, position) in [("y_a", 19_999), ("y_b", 8_191), ("y_b", 8_192)] {
+            let mut bad = good.clone();
+            (bad[position], bad[n - 1]) = (10, 10);
+            let (good, bad) = (Tensor::ints(DType::I64, Layout::C, &[n], &good), Tensor::ints(DType::I64, Layout::C, &[n], &bad));
+            let (a, b) = if argument == "y_a" { (&bad, &good) } else { (&good, &bad) };
+            let target = Target::Mixup { a: a.array(), b: b.array(), lam: lam.array() };
+            for threads in [1, 3] {
+                let loss = ops::cross_entropy(&Exec { level, threads }, &x.array(), 1, &target, &LossOptions::default(), None, None);
+                assert_eq!(loss, Err(Error::TargetOutOfBounds { argument, position, value: 10 }), "{level:?} {threads}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_label_out_of_bounds_is_refused_before_anything_is_written() {
     for level in levels() {
         let exec = Exec { level, threads: 3 };
@@ -32,6 +53,10 @@ fn a_label_out_of_bounds_is_refused_before_anything_is_written() {
                 for position in [0, n / 2, n - 1] {
                     let mut labels: Vec<i128> = (0..n).map(|r| r as i128 % 10).collect();
                     labels[position] = bad;
+                    if position == n / 2 {
+                        // The first one is named, whoever reads the last.
+                        labels[n - 1] = bad;
+                    }
                     let y = Tensor::ints(int, Layout::Reversed, &row_shape, &labels);
                     let x = Tensor::floats(DType::F32, Layout::C, shape, &vec![0.5; n * 10]);
                     let mut rows = Tensor::empty(DType::F32, Layout::C, &row_shape);
