@@ -5,7 +5,7 @@ use crate::simd::{Isa, Kernel, Mask, Vector};
 
 use super::finish::Tile;
 use super::input::{Ahead, Backwards, Raw};
-use super::math::{Anchored, Exp};
+use super::math::{Anchored, Exp, Real};
 use super::rows::chain;
 use super::state::{Summand, Wide, splat};
 
@@ -57,10 +57,17 @@ impl<'a, T: Float> RawRows<'a, T> {
 }
 
 /// Most rows in one go of [`Short`].
-pub const MOST_SHORT: usize = 64;
+pub const MOST_SHORT: usize = 128;
 
-/// Bytes of rows whose maxima are taken before the first of them is read again: they are still in L1 then.
+/// Bytes of rows whose maxima are taken before the first of them is read again: they are still in L1 then, and so are as many if they are
+/// taken in the loops over the rows before.
 const TOGETHER: usize = 16 << 10;
+
+/// Shorter rows cost more by themselves than a loop of its own for the maxima.
+const FUSED: usize = 256;
+
+/// Most rows whose maxima are taken together.
+const GROUP: usize = 16;
 
 impl<T: Summand> Kernel for Short<'_, T> {
     type Output = bool;
@@ -72,27 +79,32 @@ impl<T: Summand> Kernel for Short<'_, T> {
 
 #[inline(always)]
 fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
-    const GROUP: usize = 16;
     let Short { scale, x, from, dst, cold, classes, tile } = job;
     let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let limit = T::from_f64(T::LIMIT.to_f64() / scale);
-    let together = (TOGETHER / (x.len() * size_of::<T>()).max(1)).clamp(4, GROUP);
+    // Where registers are few, keeping exponentials takes all of them.
+    let fused = (S::REGISTERS >= 32 || !STORE) && x.len() >= FUSED && from.is_none();
+    let together = (TOGETHER / (x.len() * size_of::<T>()).max(1) / (1 + usize::from(fused))).clamp(2, GROUP);
+    let distance = if fused { 2 * together } else { together };
+    let row_ahead = |slot: usize| match from {
+        Some((raw, to)) => Ahead::raw(raw.row(slot), to.row(slot)),
+        None => Ahead::of(x.row(slot)),
+    };
+    // What is left of rows lane by lane is reduced row after row, away from the long chains of their exponentials.
+    let (mut tops, mut rests) = ([Vf::<S, T>::splat(isa, T::ZERO); GROUP], [Wide::<S>::zero(isa); GROUP]);
     let (mut top, mut magic, mut floor) = ([T::ZERO; GROUP], [T::ZERO; GROUP], [T::ZERO; GROUP]);
     let mut left = false;
     let mut first = 0;
     while first < x.count() {
         let n = together.min(x.count() - first);
-        for (r, top) in top[..n].iter_mut().enumerate() {
-            let row = x.row(first + r);
-            let ahead = match from {
-                Some((raw, to)) => Ahead::raw(raw.row(first + r), to.row(first + r)),
-                None => Ahead::of(row),
-            };
-            *top = ahead.max(isa, 0).reduce_max();
-            if let Some(&class) = classes.get(first + r) {
-                tile.x_target[first + r] = row.get(class).to_f64();
+        if first == 0 || !fused {
+            for (r, top) in tops[..n].iter_mut().enumerate() {
+                *top = row_ahead(first + r).max(isa, 0);
             }
+        }
+        for (top, lanes) in top[..n].iter_mut().zip(&tops) {
+            *top = lanes.reduce_max();
         }
         for j in (0..n).step_by(Vf::<S, T>::LANES) {
             let max = Span::of(&top).load(isa, j);
@@ -104,47 +116,75 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
             T::store_wide(isa, max, SpanMut::of(&mut tile.max), first + j);
             T::store_wide(isa, k, SpanMut::of(&mut tile.k), first + j);
         }
+        for slot in first..first + n {
+            tile.b[slot] = 0.0;
+            // Before exponentials take its place.
+            if let Some(&class) = classes.get(slot) {
+                tile.x_target[slot] = x.row(slot).get(class).to_f64();
+            }
+        }
         for r in 0..n {
             let slot = first + r;
-            tile.b[slot] = 0.0;
-            if top[r].to_f64().abs() > limit.to_f64() {
+            let (row, max) = (x.row(slot), top[r]);
+            let next = (fused && slot + together < x.count()).then(|| x.row(slot + together));
+            if max.to_f64().abs() > limit.to_f64() {
                 tile.ties[slot] = f64::NAN;
                 left = true;
+                if let Some(next) = next {
+                    tops[r] = Ahead::of(next).max(isa, 0);
+                }
                 continue;
             }
             let at = exp.anchored(Vf::<S, T>::splat(isa, magic[r]), Vf::<S, T>::splat(isa, floor[r]));
-            let later = if STORE && cold { Some(dst.read().address(slot + n)) } else { None };
+            let later = if STORE && cold { Some(dst.read().address(slot + distance)) } else { None };
             let dst = if STORE { dst.row(slot) } else { SpanMut::of(&mut []) };
-            let row = x.row(slot);
             let ahead = match from {
-                Some((raw, _)) => raw.address(slot + n),
-                None => x.address(slot + n),
+                Some((raw, _)) => raw.address(slot + distance),
+                None => x.address(slot + distance),
             };
-            let (rest, ties) = sum_row::<S, T, STORE>(isa, &at, Vf::<S, T>::splat(isa, top[r]), row, (ahead, later), dst);
-            (tile.rest[slot], tile.ties[slot]) = (rest, ties as f64);
+            let max = Vf::<S, T>::splat(isa, max);
+            let sums = match next {
+                Some(next) if S::REGISTERS >= 32 || !STORE => sum_row::<S, T, STORE, true>(isa, &at, max, row, next, (ahead, later), dst),
+                _ => sum_row::<S, T, STORE, false>(isa, &at, max, row, row, (ahead, later), dst),
+            };
+            tile.ties[slot] = sums.ties as f64;
+            (rests[r], tops[r]) = (sums.rest, sums.next);
+        }
+        for (rest, lanes) in tile.rest[first..first + n].iter_mut().zip(&rests) {
+            *rest = T::total(*lanes).value();
         }
         first += n;
     }
     left
 }
 
-/// The sum of the exponentials of a row but for its maxima, and their number. Memory is asked for what lies `ahead`, a row that is read later, and for
-/// one that is written `later`.
+/// What is known of a row, and of the one whose maximum was taken meanwhile.
+struct Sums<S: Isa, T: Real> {
+    rest: Wide<S>,
+    ties: usize,
+    next: Vf<S, T>,
+}
+
+/// The sum of the exponentials of a row but for its maxima, and their number; with NEXT and in the same loop, the maximum of a row of as many classes. Memory
+/// is asked for what lies `ahead`, a row that is read later, and for one that is written `later`.
 #[inline(always)]
-fn sum_row<S: Isa, T: Summand, const STORE: bool>(
+fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool>(
     isa: S,
     at: &Anchored<Vf<S, T>>,
     top: Vf<S, T>,
     x: Span<T>,
+    next: Span<T>,
     (ahead, later): (*const u8, Option<*const u8>),
     dst: SpanMut<T>,
-) -> (f64, usize) {
+) -> Sums<S, T> {
     let (step, len) = (Vf::<S, T>::LANES, x.len());
     let own = if S::REGISTERS < 32 { 1 } else { 3 };
     let (group, most) = (4 * step, chain::<S, T>() / (4 * step));
     // Of one length, known to the compiler: no check is left in the loop.
+    let next = next.part(0, len);
     let dst = if STORE { dst.part(0, len) } else { dst };
     let mut wide = Wide::zero(isa);
+    let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let mut below = 0;
     let (mut k, mut i) = (0, 0);
     while i < len {
@@ -157,9 +197,13 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool>(
         let room = end - k < most;
         let mut rest = [splat::<S, T>(isa, 0.0); 4];
         while k < end {
-            let (x, dst) = (x.nth(k, group), if STORE { dst.nth(k, group) } else { dst });
+            let (x, next, dst) = (x.nth(k, group), next.nth(k, group), if STORE { dst.nth(k, group) } else { dst });
             for u in 0..4 {
                 isa.prefetch(ahead.wrapping_add((k * group + u * step) * size_of::<T>()));
+                if NEXT {
+                    // In this order a NaN is passed over; it comes back through the sum.
+                    max[u & own] = next.load(isa, u * step).max(max[u & own]);
+                }
                 let v = x.load(isa, u * step);
                 let (p, q) = at.parts(v);
                 if STORE {
@@ -176,6 +220,10 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool>(
         while room && i < len {
             let n = step.min(len - i);
             isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
+            if NEXT {
+                let next = if n == step { next.load(isa, i) } else { next.load_partial(isa, i, n, T::NEG_INF) };
+                max[0] = next.max(max[0]);
+            }
             let v = if n == step { x.load(isa, i) } else { x.load_partial(isa, i, n, T::NEG_INF) };
             let (p, q) = at.parts(v);
             if STORE {
@@ -189,5 +237,5 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool>(
         let [a, b, c, d] = rest;
         T::add(isa, &mut wide, (a + b) + (c + d));
     }
-    (T::total(wide).value(), len - below)
+    Sums { rest: wide, ties: len - below, next: max[0].max(max[1]).max(max[2].max(max[3])) }
 }

@@ -25,7 +25,8 @@ use super::source::{
 use super::strip::{Finish, Strip, Total, collect, ignored, prepare, targets};
 use super::targets::NONE;
 
-/// Bytes of short rows that are worked on together: they stay in L1, or not far from it, until they are written.
+/// Bytes of short rows that are worked on together: they stay in L1 until they are written. (Or not far from it: fewer rows at a time cost more by
+/// what they cost by themselves.)
 const ROOM: usize = 32 << 10;
 
 /// Bytes of exponentials of long rows that are kept in scratch, where they cannot be kept in the result: part of L2.
@@ -41,8 +42,11 @@ const LONG: usize = BLOCK + BLOCK / 2;
 /// Rows `first..last`; their losses are added to `total`.
 pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
     let short = job.classes.size <= BLOCK && !job.terms.dense;
-    let width = if short {
-        (ROOM / (job.classes.size * size_of::<T>())).clamp(16, MOST_SHORT)
+    let width = if short && job.out.is_none() {
+        MOST_SHORT
+    } else if short {
+        let least = if job.kind == Kind::LogSoftmax { 64 } else { 32 };
+        (ROOM / (job.classes.size * size_of::<T>())).clamp(least, MOST_SHORT)
     } else if job.out.is_some() {
         // Rows that are finished together stay in the cache until they are written.
         (tunables().group_bytes / (job.classes.size * size_of::<T>())).clamp(1, 16)

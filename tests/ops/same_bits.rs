@@ -70,7 +70,7 @@ fn a_row_does_not_depend_on_its_neighbours() {
     for level in levels() {
         let exec = Exec { level, threads: 1 };
         for dtype in FLOATS {
-            for classes in [1usize, 2, 3, 10, 16, 17, 33, 64, 65, 100, 513] {
+            for classes in [1usize, 2, 3, 10, 16, 17, 33, 64, 65, 100, 255, 256, 513, 1000] {
                 let mut random = Random(classes as u64);
                 let n = 37;
                 let rows: Vec<Vec<f64>> = (0..n).map(|_| random.row(dtype, classes)).collect();
