@@ -14,6 +14,9 @@ use super::strip::Strip;
 /// The most lanes of a vector: tiles are filled up to a multiple of it.
 pub(super) const LANES: usize = 16;
 
+/// Classes that columns are asked for ahead while they are copied: their runs are too short for the processor to find out by itself.
+const LATER: isize = 12;
+
 impl Strip<'_, '_> {
     /// The path of an operand for this strip: rows with gaps between them are not columns.
     pub(super) fn path(&self, path: Path) -> Path {
@@ -38,9 +41,9 @@ impl Strip<'_, '_> {
         match path {
             Path::Columns => {
                 let src = array.columns::<E>(job.rows.offset(operand, self.kept[0]) + first as isize * step, step, count, n);
-                // The next strip. Of several blocks the next one is asked for while this one is computed with.
-                let ahead = (count == job.classes.size).then_some((n * size) as isize);
-                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), ahead));
+                // The next strip; or, where there are several blocks, what of this one could not be asked for while the one before was computed with.
+                let ahead = if count == job.classes.size { (n * size) as isize } else { LATER * step };
+                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), Some(ahead)));
             }
             Path::Rows if count == 2 && self.adjacent(operand, count, size) => {
                 let src = array.span::<E>(job.rows.offset(operand, self.kept[0]), 2 * n);
