@@ -312,6 +312,9 @@ fn stretch<S: Isa, T: Real>() -> usize {
     BLOCK.min(4 * chain::<S, T>())
 }
 
+/// Stretches of a block whose maxima are told apart.
+const MOST_STRETCHES: usize = 4;
+
 /// One row to be reduced, as a kernel; its result is the state of the row.
 pub struct Reduce<'a, T> {
     /// 1 / temperature.
@@ -383,6 +386,9 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
     let (mut rest_extra, mut spread_extra, mut t_extra) = (Pair::default(), Pair::default(), Pair::default());
     // The maximum before it is capped; how far below 0 the least of the next block is, if known.
     let (mut highest, mut depth) = (T::NEG_INF, None);
+    // The maxima of the next block's stretches, where they are known.
+    let stretch = stretch::<S, T>();
+    let mut peaks = [None; MOST_STRETCHES];
     for index in 0..classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
         let (block, next) = x.block(isa, index, known);
@@ -442,10 +448,11 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
             arg = arg.min(start.saturating_add(first));
             t_top.merge(weight);
         }
-        let stretch = stretch::<S, T>();
         let mut from = 0;
+        let peaks_here = core::mem::replace(&mut peaks, [None; MOST_STRETCHES]);
         let single = T::DTYPE == DType::F32;
         let mut rare = far || tops || lin || S::LEVEL == Level::Scalar;
+        let usual = !(far || lin || CAP) && S::LEVEL != Level::Scalar;
         // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and make it in the usual case only,
         // or apply its mask where exponentials are kept as well.
         let masks = store && !lin && !CAP && S::LEVEL != Level::Scalar && matches!(next, Ahead::Masked(_));
@@ -469,6 +476,8 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         }
         while from < block.len() {
             let n = stretch.min(block.len() - from);
+            // Where only the maximum makes a block rare, just the stretch that holds it is.
+            let rare = rare && !(usual && matches!(peaks_here.get(from / stretch), Some(&Some(peak)) if peak < max));
             let x = block.part(from, n);
             let t = if lin { dense.part(from, n) } else { dense };
             let to = if store { dst.part(start + from, n) } else { dst };
@@ -524,6 +533,13 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
                 }
                 _ => unreachable!("only blocks of float32 are made here, and those to be capped are near 0 or rare"),
             };
+            if fused
+                && n == stretch
+                && n < BLOCK
+                && let Some(peak) = peaks.get_mut(from / stretch)
+            {
+                *peak = Some(sums.next.reduce_max());
+            }
             top = sums.next.max(top);
             if CAP && near {
                 lowest = sums.low.min(lowest);
