@@ -479,7 +479,7 @@ where
     parts.log(isa, r, s, inverse)
 }
 
-/// The same and 1/(1 + r), for the price of one division: within one and two epsilon of the separate ones, for r up to 2^100 (f32) or 2^1000 (f64).
+/// The same and 1/(1 + r), for the price of one division: within one epsilon of the separate ones, for r up to 2^100 (f32) or 2^1000 (f64).
 #[inline(always)]
 pub fn log1p_inverse<V: Vector>(isa: V::Isa, r: V) -> (V, V)
 where
@@ -489,15 +489,19 @@ where
     let parts = Log1p::of(isa, r);
     let both = one / (parts.u * (two + parts.f));
     let inverse = both * (two + parts.f);
+    // Newton's step takes the roundings of both products off, and adds what is missing in u.
+    let error = inverse.neg_mul_add(parts.missing, inverse.neg_mul_add(parts.u, one));
+    let inverse = inverse.mul_add(error, inverse);
     (parts.log(isa, r, parts.f * (both * parts.u), inverse), inverse)
 }
 
-/// 1 + r = u = 2^k·(1 + f), and what rounding it took off.
+/// 1 + r = u + missing, u = 2^k·(1 + f) but for what f has lost.
 #[derive(Clone, Copy)]
 struct Log1p<V> {
     u: V,
     f: V,
     k: V,
+    missing: V,
     lost: V,
 }
 
@@ -511,11 +515,11 @@ where
         let u = one + r;
         // The larger term leaves an exact difference.
         let large = one.lt(r);
-        let lost = V::select(large, one, r) - (u - V::select(large, r, one));
+        let missing = V::select(large, one, r) - (u - V::select(large, r, one));
         let (m, k) = u.frexp();
         // 1 + r < sqrt(2): r is f without any rounding.
         let small = r.lt(V::splat(isa, V::Elem::from_f64(core::f64::consts::SQRT_2 - 1.0)));
-        Self { u, f: V::select(small, r, m - one), k: V::select(small, zero, k), lost: V::select(small, zero, lost) }
+        Self { u, f: V::select(small, r, m - one), k: V::select(small, zero, k), missing, lost: V::select(small, zero, missing) }
     }
 
     /// The logarithm, given s = f/(2 + f) and 1/u.
