@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::case::Choice;
 use super::oracle::{self, Row};
-use super::tensor::{FLOATS, INTS, Layout, READABLE, Tensor, WRITABLE};
+use super::tensor::{FLOATS, INTS, Layout, READABLE, Tensor, WRITABLE, ulp};
 use super::transforms::check_transforms;
 use super::{Random, close, lengths, levels, rows_of, skipped, thin, without};
 
@@ -175,6 +175,39 @@ fn simple_scaled(
         ops::cross_entropy(exec, &x.array(), axis, &Target::Index(target.array()), &options, Some(&out), Some(&grad)).unwrap();
     }
     (rows.values(), gradient.values())
+}
+
+/// One maximum, or two that are equal, in every part of a row: counted twice or not at all, either would be the whole loss.
+#[test]
+fn the_maximum_wherever_it_stands() {
+    const BELOW: f64 = 30.0;
+    for level in levels() {
+        for dtype in FLOATS {
+            for classes in [300usize, 1000, 1100, 2600, 4300] {
+                if thin() && classes > 1100 {
+                    continue;
+                }
+                let places: Vec<(usize, usize)> = (0..classes).step_by(61).flat_map(|p| [(p, p), (p, (p + 397) % classes)]).collect();
+                let n = places.len();
+                let mut x = vec![-BELOW; n * classes];
+                for (r, &(p, q)) in places.iter().enumerate() {
+                    (x[r * classes + p], x[r * classes + q]) = (0.0, 0.0);
+                }
+                let labels: Vec<i128> = places.iter().map(|&(p, _)| p as i128).collect();
+                let (losses, gradients) =
+                    simple(&Exec { level, threads: 1 }, dtype, &[n, classes], 1, &x, &labels, &LossOptions::default());
+                for (r, &(p, q)) in places.iter().enumerate() {
+                    let ties = if p == q { 1.0 } else { 2.0 };
+                    let others = (ties - 1.0) + (classes as f64 - ties) * (-BELOW).exp();
+                    let context = format!("maxima {p} and {q} of {classes} {dtype:?} {level:?}");
+                    assert!((losses[r] / others.ln_1p() - 1.0).abs() < 1e-6, "{} for {}: {context}", losses[r], others.ln_1p());
+                    let slope = -others / (1.0 + others);
+                    let tolerance = slope.abs() * 1e-6 + ulp(dtype, slope);
+                    assert!((gradients[r * classes + p] - slope).abs() <= tolerance, "{context}: {}", gradients[r * classes + p]);
+                }
+            }
+        }
+    }
 }
 
 /// Thousands of rows of few classes, most of them confident: every rounding on the way to a small loss is one of its own digits.
