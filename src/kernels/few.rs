@@ -3,7 +3,7 @@
 //! A row stays in one lane and in the type of the logits, so that 16 rows cost one logarithm and one division. What it is made of comes from
 //! [`super::finish`], which has it for everything else. Of two classes one exponential says all.
 
-use crate::array::{ColumnsMut, Span, SpanMut, Vf};
+use crate::array::{ColumnsMut, DType, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 
 use super::finish::Odds;
@@ -265,7 +265,7 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, rows: Rows<T>) -
         let (logit, rest) = (rows.logit.read().nth(i, step).load(isa, 0), rows.rest.read().nth(i, step).load(isa, 0));
         let over = exp.over(max);
         let others = (ties - one) + over.times_sum(rest, rows.lost.read().nth(i, step).load(isa, 0));
-        let odds = Odds::of(isa, others);
+        let odds = Odds::of(isa, others, T::DTYPE == DType::F64);
         let good = zero.lt(ties).and(others.eq(others));
         let value = Vf::<S, T>::select(good, odds.loss((max - logit) * scale, one), bad);
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);
@@ -297,7 +297,7 @@ fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Row
         let (max, ties) = (rows.max.read().nth(i, step).load(isa, 0), rows.ties.read().nth(i, step).load(isa, 0));
         let over = exp.over(max);
         let others = (ties - one) + over.times_sum(rows.rest.read().nth(i, step).load(isa, 0), rows.lost.read().nth(i, step).load(isa, 0));
-        let odds = Odds::of(isa, others);
+        let odds = Odds::of(isa, others, T::DTYPE == DType::F64);
         let good = zero.lt(ties).and(others.eq(others));
         left |= good.count() < step;
         T::store_wide(isa, Vf::<S, T>::select(good, zero, bad), rows.loss.nth(i, step), 0);
@@ -338,7 +338,7 @@ fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, x: ColumnsMut<T
         let origin = Vf::<S, T>::select(max.abs().le(limit), max, zero);
         let (p, q) = exp.anchor(exp.reference(origin)).parts(other);
         let others = Vf::<S, T>::select(other.eq(max), one, exp.over(origin).times(p * q));
-        let odds = Odds::of(isa, others);
+        let odds = Odds::of(isa, others, T::DTYPE == DType::F64);
         let second = class.eq(one);
         let logit = Vf::<S, T>::select(second, x1, x0);
         let good = max.eq(origin).and(others.eq(others));

@@ -154,8 +154,8 @@ where
     V::Elem: Real,
 {
     #[inline(always)]
-    pub(super) fn of(isa: V::Isa, others: V) -> Self {
-        let (log_sum, p_max) = log1p_inverse(isa, others);
+    pub(super) fn of(isa: V::Isa, others: V, closely: bool) -> Self {
+        let (log_sum, p_max) = log1p_inverse(isa, others, closely);
         Self { others, log_sum, p_max }
     }
 
@@ -186,6 +186,8 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
     let exp = Exp::<S::F64>::new(isa, terms.scale);
     let scale = splat::<S, f64>(isa, terms.scale);
     let step = S::F64::LANES;
+    // Not for results that have half the digits.
+    let closely = terms.ulp <= f64::EPSILON;
     // Two loops, each short enough for the processor to have several vectors in flight.
     for r in (first..end).step_by(step) {
         let max = Span::of(&tile.max).load(isa, r);
@@ -204,7 +206,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         let k = Span::of(&tile.k).load(isa, r);
         let b = Span::of(&tile.b).load(isa, r);
         let rest = Span::of(&tile.rest).load(isa, r);
-        let (over_max, odds) = (Span::of(&tile.a).load(isa, r), Odds::of(isa, Span::of(&tile.lse).load(isa, r)));
+        let (over_max, odds) = (Span::of(&tile.a).load(isa, r), Odds::of(isa, Span::of(&tile.lse).load(isa, r), closely));
         let finite = max.abs().lt(infinity);
         let origin = S::F64::select(finite, max, b);
         // A maximum of −inf or +inf makes the row NaN, and a NaN class came in through the rest.

@@ -473,15 +473,15 @@ pub fn log1p<V: Vector>(isa: V::Isa, r: V) -> V
 where
     V::Elem: Real,
 {
-    let parts = Log1p::of(isa, r);
     let (one, two) = (V::splat(isa, V::Elem::ONE), V::splat(isa, V::Elem::from_f64(2.0)));
-    let (s, inverse) = (parts.f / (two + parts.f), one / parts.u);
-    parts.log(isa, r, s, inverse)
+    let parts = Log1p::of(isa, r);
+    parts.log(isa, r, one / (two + parts.f), one / parts.u, true)
 }
 
-/// The same and 1/(1 + r), for the price of one division: within one epsilon of the separate ones, for r up to 2^100 (f32) or 2^1000 (f64).
+/// The same and 1/(1 + r), for the price of one division, for r up to 2^100 (f32) or 2^1000 (f64). `closely`, the logarithm is hardly ever but the
+/// nearest number there is; otherwise it is within one unit, and the inverse always within half a one and a little.
 #[inline(always)]
-pub fn log1p_inverse<V: Vector>(isa: V::Isa, r: V) -> (V, V)
+pub fn log1p_inverse<V: Vector>(isa: V::Isa, r: V, closely: bool) -> (V, V)
 where
     V::Elem: Real,
 {
@@ -492,7 +492,7 @@ where
     // Newton's step takes the roundings of both products off, and adds what is missing in u.
     let error = inverse.neg_mul_add(parts.missing, inverse.neg_mul_add(parts.u, one));
     let inverse = inverse.mul_add(error, inverse);
-    (parts.log(isa, r, parts.f * (both * parts.u), inverse), inverse)
+    (parts.log(isa, r, both * parts.u, inverse, closely), inverse)
 }
 
 /// 1 + r = u + missing, u = 2^k·(1 + f) but for what f has lost.
@@ -522,25 +522,44 @@ where
         Self { u, f: V::select(small, r, m - one), k: V::select(small, zero, k), missing, lost: V::select(small, zero, missing) }
     }
 
-    /// The logarithm, given s = f/(2 + f) and 1/u.
+    /// The logarithm, given about 1/(2 + f), and 1/u.
     #[inline(always)]
-    fn log(self, isa: V::Isa, r: V, s: V, inverse: V) -> V {
-        if apart::<V>() { self.log_apart(isa, r, s, inverse) } else { self.log_here(isa, r, s, inverse) }
+    fn log(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool) -> V {
+        if apart::<V>() { self.log_apart(isa, r, half, inverse, closely) } else { self.log_here(isa, r, half, inverse, closely) }
     }
 
     #[inline(never)]
-    fn log_apart(self, isa: V::Isa, r: V, s: V, inverse: V) -> V {
-        self.log_here(isa, r, s, inverse)
+    fn log_apart(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool) -> V {
+        self.log_here(isa, r, half, inverse, closely)
     }
 
     #[inline(always)]
-    fn log_here(self, isa: V::Isa, r: V, s: V, inverse: V) -> V {
+    fn log_here(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool) -> V {
+        let Self { f, k, lost, .. } = self;
+        let s = f * half;
         let z = s * s;
-        let tail = s * (self.f - z * polynomial(isa, V::Elem::LOG, z));
-        let [ln2, ln2_rest] = V::Elem::LN2;
+        let bend = z * polynomial(isa, V::Elem::LOG, z);
+        let [ln2, ln2_rest] = V::Elem::LN2.map(|part| V::splat(isa, part));
         // What was lost adds lost/u.
-        let rest = self.f - (tail - self.k.mul_add(V::splat(isa, ln2_rest), self.lost * inverse));
-        let log = self.k.mul_add(V::splat(isa, ln2), rest);
+        let little = k.mul_add(ln2_rest, lost * inverse);
+        let log = if closely {
+            // Every step with what it rounds off: s, f − bend, their product, k·ln 2, and two sums.
+            let two = V::splat(isa, V::Elem::from_f64(2.0));
+            let c = two + f;
+            let s_rest = s.neg_mul_add(f - (c - two), s.neg_mul_add(c, f)) * half;
+            let w = f - bend;
+            let w_rest = (f - w) - bend;
+            let tail = s * w;
+            let tail_rest = s.mul_sub(w, tail) + s.mul_add(w_rest, s_rest * w);
+            let whole = k * ln2;
+            let high = whole + f;
+            // k is 0 or whole is the larger one.
+            let high_rest = k.mul_sub(ln2, whole) + (f - (high - whole));
+            let log = high - tail;
+            log + (((high - log) - tail) + ((high_rest + little) - tail_rest))
+        } else {
+            k.mul_add(ln2, f - (s * (f - bend) - little))
+        };
         V::select(r.lt(V::splat(isa, V::Elem::from_f64(f64::INFINITY))), log, r)
     }
 }
