@@ -210,6 +210,55 @@ fn the_maximum_wherever_it_stands() {
     }
 }
 
+/// Few classes go ways of their own, and so does the temperature in each.
+#[test]
+fn temperatures_of_few_classes() {
+    for level in levels() {
+        for dtype in FLOATS {
+            for classes in [2usize, 3, 5, 17, 33, 70] {
+                for temperature in [0.25, 3.0] {
+                    let mut random = Random(classes as u64 + 7);
+                    let n = 41;
+                    // Multiples of 1/8, which every type has.
+                    let x: Vec<f64> = (0..n * classes).map(|_| random.below(48) as f64 / 8.0 - 3.0).collect();
+                    let labels: Vec<i128> = (0..n).map(|_| random.below(classes) as i128).collect();
+                    let options = LossOptions { temperature, ..LossOptions::default() };
+                    let (losses, gradients) = simple(&Exec { level, threads: 1 }, dtype, &[n, classes], 1, &x, &labels, &options);
+                    for (r, &label) in labels.iter().enumerate() {
+                        let row: Vec<f64> = x[r * classes..][..classes].iter().map(|x| x / temperature).collect();
+                        let sum: f64 = row.iter().map(|x| x.exp()).sum();
+                        let context = format!("row {r}, {classes} classes, temperature {temperature}, {dtype:?} {level:?}");
+                        let loss = sum.ln() - row[label as usize];
+                        assert!((losses[r] - loss).abs() <= 4e-6 * loss.abs().max(0.1), "{} for {loss}: {context}", losses[r]);
+                        for (c, x) in row.iter().enumerate() {
+                            let slope = (x.exp() / sum - f64::from(u8::from(c as i128 == label))) / temperature;
+                            let got = gradients[r * classes + c];
+                            assert!((got - slope).abs() <= 2e-6 + ulp(dtype, slope), "class {c}, {got} for {slope}: {context}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Targets on what was the maximum until a larger one came: they go on with the distances of all others.
+#[test]
+fn targets_on_maxima_that_were() {
+    for level in levels() {
+        for dtype in FLOATS {
+            for blocks in [2usize, 4] {
+                let classes = 1024 * blocks;
+                let x: Vec<f64> = (0..classes).map(|c| (c / 1024) as f64 * 50.0).collect();
+                let options = LossOptions { label_smoothing: 1.0, ..LossOptions::default() };
+                let (losses, _) = simple(&Exec { level, threads: 1 }, dtype, &[1, classes], 1, &x, &[5], &options);
+                let expected = (blocks - 1) as f64 * 25.0 + 1024f64.ln();
+                assert!((losses[0] / expected - 1.0).abs() < 1e-6, "{} for {expected}: {blocks} blocks, {dtype:?} {level:?}", losses[0]);
+            }
+        }
+    }
+}
+
 /// Thousands of rows of few classes, most of them confident: every rounding on the way to a small loss is one of its own digits.
 #[test]
 fn small_losses_of_few_classes_keep_their_digits() {
