@@ -259,6 +259,28 @@ fn targets_on_maxima_that_were() {
     }
 }
 
+/// Beyond the classes whose exponentials are kept, those of halves are computed again, less the targets of all classes.
+#[test]
+fn smoothing_of_very_long_rows() {
+    const G: f64 = 4096.0;
+    for level in levels() {
+        for dtype in FLOATS {
+            let (classes, smoothing) = (66_000usize, 0.5);
+            let mut x = vec![0.0; classes];
+            (x[3], x[65_990]) = (8.0, -1.0);
+            let options = LossOptions { label_smoothing: smoothing, ..LossOptions::default() };
+            let (_, gradients) = simple_scaled(&Exec { level, threads: 1 }, dtype, &[1, classes], 1, &x, &[7], &options, G);
+            let sum = (classes - 2) as f64 + 8f64.exp() + (-1f64).exp();
+            for c in [0usize, 3, 7, 1024, 65_535, 65_990, 65_999] {
+                let target = smoothing / classes as f64 + if c == 7 { 1.0 - smoothing } else { 0.0 };
+                let slope = G * (x[c].exp() / sum - target);
+                let tolerance = 1e-4 * slope.abs() + ulp(dtype, slope);
+                assert!((gradients[c] - slope).abs() <= tolerance, "class {c}: {} for {slope}, {dtype:?} {level:?}", gradients[c]);
+            }
+        }
+    }
+}
+
 /// Thousands of rows of few classes, most of them confident: every rounding on the way to a small loss is one of its own digits.
 #[test]
 fn small_losses_of_few_classes_keep_their_digits() {
