@@ -179,3 +179,16 @@ def test_vjps_against_the_reference(seed, classes, name):
     want = getattr(reference, name)(g, y)
     for level in each_level():
         np.testing.assert_allclose(getattr(ce, name)(g, y), want, rtol=1e-13, atol=1e-15 * np.abs(g).sum(), err_msg=level)
+
+
+def test_vjps_keep_the_digits_of_a_float64_upstream(level):
+    # In float32 what all of it has in common would leave nothing of the differences.
+    rng = np.random.default_rng(6)
+    x = rng.normal(0, 1, (3, 50)).astype(np.float32)
+    g = 1e9 + rng.normal(0, 1, x.shape)
+    p = ce.softmax(x)
+    exact = p.astype(np.float64)
+    want = exact * (g - (g * exact).sum(1, keepdims=True))
+    got = ce.softmax_vjp(g, p)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())

@@ -367,3 +367,15 @@ def test_options_that_are_small_types():
         assert ce.cross_entropy(x, y, **{k: kind(v) for k, v in numbers.items()}) == want
     assert ce.cross_entropy(x, y, label_smoothing=-0.0) == ce.cross_entropy(x, y)
     assert ce.cross_entropy(x, y, label_smoothing=True) == ce.cross_entropy(x, y, label_smoothing=1.0)
+
+
+@pytest.mark.parametrize("softcap", [1e16, 1e20, 1e30])
+def test_a_softcap_that_is_hardly_one(level, softcap):
+    # Beyond what float32's powers of the cap can hold.
+    rng = np.random.default_rng(4)
+    for classes in (5, 100, 3000):
+        x, y = rng.normal(0, 3, (4, classes)).astype(np.float32), rng.integers(0, classes, 4)
+        want, gradient = ce.cross_entropy_with_grad(x, y)
+        got, capped = ce.cross_entropy_with_grad(x, y, softcap=softcap)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        np.testing.assert_allclose(capped, gradient, rtol=2e-6, atol=1e-9)

@@ -251,3 +251,16 @@ def test_the_interpreter_runs_while_a_call_computes():
         sys.setswitchinterval(switch)
         thread.join()
         ce.set_simd_level(before)
+
+
+def test_the_first_call_of_a_thread_may_be_a_small_one():
+    # What a thread keeps from call to call does not exist yet.
+    x, y = np.zeros((1, 10), np.float32), np.array([3])
+
+    def calls():
+        return float(ce.cross_entropy(x, y)), ce.cross_entropy_with_grad(x, y)[1][0, 3]
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        loss, gradient = pool.submit(calls).result()
+    assert loss == pytest.approx(np.log(10), rel=1e-6)
+    assert gradient == pytest.approx(-0.9, rel=1e-6)

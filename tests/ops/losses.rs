@@ -177,7 +177,8 @@ fn simple_scaled(
     (rows.values(), gradient.values())
 }
 
-/// One maximum, or two that are equal, in every part of a row: counted twice or not at all, either would be the whole loss.
+/// One maximum, or two that are equal, in every part of a row, with a mask of nothing and without: counted twice or not at all, either would be
+/// the whole loss.
 #[test]
 fn the_maximum_wherever_it_stands() {
     const BELOW: f64 = 30.0;
@@ -194,16 +195,19 @@ fn the_maximum_wherever_it_stands() {
                     (x[r * classes + p], x[r * classes + q]) = (0.0, 0.0);
                 }
                 let labels: Vec<i128> = places.iter().map(|&(p, _)| p as i128).collect();
-                let (losses, gradients) =
-                    simple(&Exec { level, threads: 1 }, dtype, &[n, classes], 1, &x, &labels, &LossOptions::default());
-                for (r, &(p, q)) in places.iter().enumerate() {
-                    let ties = if p == q { 1.0 } else { 2.0 };
-                    let others = (ties - 1.0) + (classes as f64 - ties) * (-BELOW).exp();
-                    let context = format!("maxima {p} and {q} of {classes} {dtype:?} {level:?}");
-                    assert!((losses[r] / others.ln_1p() - 1.0).abs() < 1e-6, "{} for {}: {context}", losses[r], others.ln_1p());
-                    let slope = -others / (1.0 + others);
-                    let tolerance = slope.abs() * 1e-6 + ulp(dtype, slope);
-                    assert!((gradients[r * classes + p] - slope).abs() <= tolerance, "{context}: {}", gradients[r * classes + p]);
+                let all = Tensor::ints(DType::Bool, Layout::C, &[n, classes], &vec![1; n * classes]);
+                for mask in [None, Some(all.array())] {
+                    let options = LossOptions { mask, ..LossOptions::default() };
+                    let (losses, gradients) = simple(&Exec { level, threads: 1 }, dtype, &[n, classes], 1, &x, &labels, &options);
+                    for (r, &(p, q)) in places.iter().enumerate() {
+                        let ties = if p == q { 1.0 } else { 2.0 };
+                        let others = (ties - 1.0) + (classes as f64 - ties) * (-BELOW).exp();
+                        let context = format!("maxima {p} and {q} of {classes} {dtype:?} {level:?}");
+                        assert!((losses[r] / others.ln_1p() - 1.0).abs() < 1e-6, "{} for {}: {context}", losses[r], others.ln_1p());
+                        let slope = -others / (1.0 + others);
+                        let tolerance = slope.abs() * 1e-6 + ulp(dtype, slope);
+                        assert!((gradients[r * classes + p] - slope).abs() <= tolerance, "{context}: {}", gradients[r * classes + p]);
+                    }
                 }
             }
         }
