@@ -13,6 +13,8 @@ use crossent::simd::{Isa, Kernel, Level, Vector};
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Op {
     Exp2,
+    /// What the kernels take: the same for one k, by tables where the level has them.
+    Anchored,
     Reference,
     ExpFull,
     Tanh,
@@ -42,6 +44,7 @@ impl<T: Real> Kernel for Run<'_, T> {
             let x = xs.load(isa, i);
             let y = match self.op {
                 Op::Exp2 => e.exp2(x, ks.load(isa, i)),
+                Op::Anchored => e.anchor(ks.load(isa, i)).exp2(x),
                 Op::Reference => e.reference(x),
                 Op::ExpFull => exp_full(isa, &e, x),
                 Op::Tanh => tanh(isa, x),
@@ -272,7 +275,7 @@ impl Oracle for f32 {
     fn exact(op: Op, scale: f64, x: f32, k: f32) -> Exact {
         let x = f64::from(x);
         match op {
-            Op::Exp2 | Op::ExpFull => {
+            Op::Exp2 | Op::Anchored | Op::ExpFull => {
                 // Far beyond the range it makes no difference, and the reduction stays accurate.
                 let x = if op == Op::ExpFull { x.clamp(-1000.0, 1000.0) } else { x };
                 // The integer part leaves before float64 rounds: 2^-53 of |r|, not of |x|.
@@ -304,7 +307,7 @@ impl Oracle for f64 {
     const EXPONENTS: [i32; 6] = [23, 0, -900, 60, -1022, -1050];
     fn exact(op: Op, scale: f64, x: f64, k: f64) -> Exact {
         match op {
-            Op::Exp2 | Op::ExpFull => {
+            Op::Exp2 | Op::Anchored | Op::ExpFull => {
                 let (value, n) = log2_of(scale, x).exp2();
                 Exact { value, exponent: n - k as i32 }
             }
@@ -435,18 +438,23 @@ fn measure<T: Oracle>(op: Op, scale: f64, bound: f64, samples: impl Iterator<Ite
     while samples.peek().is_some() {
         let x: Vec<T> = samples.by_ref().take(1 << 14).collect();
         count += x.len() as u64;
-        let k: Vec<T> = x.iter().map(|x| if op == Op::Exp2 { some_k(scale, *x, &mut turn) } else { T::ZERO }).collect();
+        let k: Vec<T> = x.iter().map(|x| some_k(op, scale, *x, &mut turn)).collect();
         check_batch(op, scale, &x, &k, &levels, &mut worst);
     }
     report::<T>(op, scale, bound, count, &levels, &worst);
 }
 
-/// A reference that puts the result of `exp2(x, k)` at one of `T::EXPONENTS`.
-fn some_k<T: Oracle>(scale: f64, x: T, turn: &mut usize) -> T {
+/// A reference that puts the result of `exp2(x, k)` at one of `T::EXPONENTS`; not at subnormals, or close to them, for those that give 0 there. 0 for
+/// functions that have none.
+fn some_k<T: Oracle>(op: Op, scale: f64, x: T, turn: &mut usize) -> T {
+    if !matches!(op, Op::Exp2 | Op::Anchored) {
+        return T::ZERO;
+    }
     let n = (x.to_f64() * scale * core::f64::consts::LOG2_E).round();
     *turn += 1;
     // Mostly ordinary exponents.
     let d = if turn.is_multiple_of(2) { T::EXPONENTS[0] } else { T::EXPONENTS[*turn / 2 % 6] };
+    let d = if op == Op::Anchored { d.max(T::MIN_EXP + ANCHORED_LOSES) } else { d };
     T::from_f64(n - f64::from(d))
 }
 
@@ -475,11 +483,17 @@ fn report<T: Oracle>(op: Op, scale: f64, bound: f64, count: u64, levels: &[Level
 /// Documented for both types. Found among all float32: 1.014 for |x| up to 1000, 1.073 where |x| nears the limit (x·log2 e rounds to the
 /// wrong neighbour at times, and |r| passes 1/2).
 const EXP_F32_BOUND: f64 = 1.1;
+/// Of all float32: with tables there are two more roundings, of what is looked up and of the product.
+const ANCHORED_F32_BOUND: f64 = 1.75;
+const ANCHORED_F64_BOUND: f64 = 1.2;
 /// Closer than documented, because the samples here are the same in every run.
 const EXP_F64_BOUND: f64 = 1.0;
 const LOG1P_BOUND: f64 = 0.55;
 const TANH_BOUND: f64 = 1.5;
 const SECH2_BOUND: f64 = 3.5;
+
+/// Octaves above the smallest normal number where anchored exponentials may become 0.
+const ANCHORED_LOSES: i32 = 8;
 
 // ---- the tests -----------------------------------------------------------------------------------------------------------------------
 
@@ -505,6 +519,51 @@ fn exp2_f64() {
         measure::<f64>(Op::Exp2, scale, EXP_F64_BOUND, uniform(limit / scale, 20_000, seed as u64));
         measure::<f64>(Op::Exp2, scale, EXP_F64_BOUND, uniform(100.0 / scale, 20_000, seed as u64));
     }
+}
+
+#[test]
+fn anchored_f32() {
+    let limit = f64::from(f32::LIMIT);
+    measure::<f32>(Op::Anchored, 1.0, ANCHORED_F32_BOUND, bit_space(limit, 3_000_000));
+    measure::<f32>(Op::Anchored, 1.0, ANCHORED_F32_BOUND, uniform(limit, 1_000_000, 1));
+    measure::<f32>(Op::Anchored, 1.0, ANCHORED_F32_BOUND, uniform(150.0, 1_000_000, 2));
+    for (seed, scale) in [0.5, 1.0 / 0.7, 1.0 / 3.0, 1e-30, 1e30, 10.0, 0.01].into_iter().enumerate() {
+        measure::<f32>(Op::Anchored, scale, ANCHORED_F32_BOUND, uniform(limit / scale, 100_000, seed as u64));
+        measure::<f32>(Op::Anchored, scale, ANCHORED_F32_BOUND, uniform(100.0 / scale, 100_000, seed as u64));
+    }
+}
+
+#[test]
+fn anchored_f64() {
+    let limit = f64::LIMIT;
+    measure::<f64>(Op::Anchored, 1.0, ANCHORED_F64_BOUND, bit_space(limit, 300_000));
+    measure::<f64>(Op::Anchored, 1.0, ANCHORED_F64_BOUND, uniform(limit, 100_000, 3));
+    measure::<f64>(Op::Anchored, 1.0, ANCHORED_F64_BOUND, uniform(1000.0, 100_000, 4));
+    for (seed, scale) in [0.5, 1.0 / 0.7, 1.0 / 3.0, 1e-200, 1e200, 10.0, 0.01].into_iter().enumerate() {
+        measure::<f64>(Op::Anchored, scale, ANCHORED_F64_BOUND, uniform(limit / scale, 20_000, seed as u64));
+        measure::<f64>(Op::Anchored, scale, ANCHORED_F64_BOUND, uniform(100.0 / scale, 20_000, seed as u64));
+    }
+}
+
+/// Exactly 0 where the result would not be a normal number by far, from −inf to just there; NaN for NaN.
+fn anchored_special<T: Oracle>() {
+    for level in levels() {
+        for k in [0.0, 1.0 - T::BIAS.to_f64(), 20_000.0, -20_000.0] {
+            let zero = (k + f64::from(T::MIN_EXP) - 1.5) * core::f64::consts::LN_2;
+            let x: Vec<T> = [T::NEG_INF.to_f64(), -T::MAX.to_f64(), -1e30, zero - 1e4, zero - 1.0, zero].map(T::from_f64).into();
+            let k = T::from_f64(k);
+            for (x, got) in x.iter().zip(eval(level, Op::Anchored, 1.0, &x, &vec![k; x.len()])) {
+                assert_eq!(got.to_f64(), 0.0, "x = {:e}, k = {} on {}", x.to_f64(), k.to_f64(), level.name());
+            }
+            assert!(eval(level, Op::Anchored, 1.0, &[T::from_f64(f64::NAN)], &[k])[0].to_f64().is_nan(), "{}", level.name());
+        }
+    }
+}
+
+#[test]
+fn anchored_special_values() {
+    anchored_special::<f32>();
+    anchored_special::<f64>();
 }
 
 fn reference_properties<T: Oracle>() {
@@ -780,7 +839,7 @@ fn exhaust(op: Op, top: f32, bound: f64) {
                         let all = (block * STEP..(block + 1) * STEP).map(|bits| f32::from_bits(bits as u32));
                         let (nan, x): (Vec<f32>, Vec<f32>) = all.filter(|x| x.is_nan() || x.abs() <= top).partition(|x| x.is_nan());
                         let x: Vec<f32> = x.into_iter().filter(|x| op != Op::Tanh || x.is_normal()).collect();
-                        let k: Vec<f32> = x.iter().map(|x| if op == Op::Exp2 { some_k(1.0, *x, &mut turn) } else { 0.0 }).collect();
+                        let k: Vec<f32> = x.iter().map(|x| some_k(op, 1.0, *x, &mut turn)).collect();
                         check_batch(op, 1.0, &x, &k, levels, &mut worst);
                         count += x.len() as u64;
                         for level in levels {
@@ -809,6 +868,12 @@ fn exhaust(op: Op, top: f32, bound: f64) {
 #[ignore = "minutes: every float32"]
 fn exp2_every_f32() {
     exhaust(Op::Exp2, f32::LIMIT + f32::CLAMP, EXP_F32_BOUND);
+}
+
+#[test]
+#[ignore = "minutes: every float32"]
+fn anchored_every_f32() {
+    exhaust(Op::Anchored, f32::LIMIT, ANCHORED_F32_BOUND);
 }
 
 #[test]

@@ -107,6 +107,20 @@ def exp2_polynomial(bits, degree, reach):
     )
 
 
+def exp2_monic(bits, degree, reach, lead):
+    """2^(r + lead) = c0 + c1 r + ... + r^degree for |r| <= reach, relative error."""
+    return polynomial(
+        bits,
+        range(degree),
+        -reach,
+        reach,
+        fixed=lambda r: r**degree,
+        term=lambda r, d: r**d,
+        function=lambda r: mpf(2) ** (r + lead),
+        weight=lambda r: mpf(2) ** -(r + lead),
+    )
+
+
 def expm1_polynomial(bits, degree):
     """e^r - 1 = r + r^2 (c0 + c1 r + ...) for |r| <= ln(2)/2 and a little, relative error."""
     reach = mp.log(2) / 2 * (1 + mpf(2) ** -10)
@@ -173,10 +187,15 @@ def constants():
         degree = {24: 6, 53: 11}[bits]
         values, error = exp2_polynomial(bits, degree, reach)
         yield name, "EXP2", values, error
-        # With 8 and 16 steps per octave.
-        for steps, degree_of in ((8, {24: 4, 53: 7}), (16, {24: 3, 53: 6})):
-            values, error = exp2_polynomial(bits, degree_of[bits], mpf(1) / (2 * steps) + mpf(2) ** -slack)
-            yield name, f"EXP2_{steps}", values, error
+        if name == "f32":
+            # With 8 steps per octave. 53.6 steps would make the last coefficient one; of those beside it, the one that rounds best.
+            lead = mpf(53) / 8
+            values, error = exp2_monic(bits, 4, mpf(1) / 16 + mpf(2) ** -slack, lead)
+            yield name, "EXP2_8", values, error
+            yield name, "LEAD_8", [lead], None
+        # With 16.
+        values, error = exp2_polynomial(bits, {24: 3, 53: 6}[bits], mpf(1) / 32 + mpf(2) ** -slack)
+        yield name, "EXP2_16", values, error
         yield name, "OCTAVE", [round_to(mpf(2) ** (mpf(j) / 16), bits) for j in range(16)], None
         values, error = expm1_polynomial(bits, degree + 1)
         yield name, "EXPM1", values, error
@@ -224,8 +243,8 @@ def main():
             for value in values:
                 print(f"    {grouped(shortest(value, kind))},")
             continue
-        pattern = rf"const {name}: [^=]*\b{kind}\b[^=]*= &?\[([^\]]*)\];"
-        found = re.findall(pattern, source)
+        pattern = rf"const {name}: (?:{kind} = ([^;]*);|[^=]*\b{kind}\b[^=]*= &?\[([^\]]*)\];)"
+        found = ["".join(either) for either in re.findall(pattern, source)]
         if len(found) != 1:
             print(f"  {SOURCE.name} has {len(found)} definitions of {kind} {name}, not one")
             wrong += 1
