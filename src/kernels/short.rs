@@ -1,15 +1,17 @@
 //! Short rows: of one block each, reduced many at a time, so that what a row costs by itself is shared.
 
-use crate::array::{Float, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
-use crate::simd::{Isa, Kernel, Mask, Vector};
+use crate::array::{DType, Float, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 
 use super::finish::Tile;
 use super::input::{Ahead, Backwards, Raw};
 use super::math::{Anchored, Exp, Real};
-use super::rows::chain;
+use super::rows::{block_max, chain};
 use super::state::{Summand, Wide, splat};
 
 /// Rows of one block each, without a dense stream, as a kernel: their states go to the tile, from its first row on.
+///
+/// Not for the portable level, where exponentials cost so much that what a row costs by itself is no matter.
 ///
 /// Rows whose maximum is off the grid of the integer reduction, or infinite, are left as they are, with NaN for the number of their ties; the
 /// result says whether there are any.
@@ -69,10 +71,21 @@ const FUSED: usize = 256;
 /// Most rows whose maxima are taken together.
 const GROUP: usize = 16;
 
+/// Most chains in a row of float32, where [`apart`].
+const CHAINS: usize = 8;
+
+/// Whether the maxima of a row's chains (the classes that are summed without a pause) are told apart: a chain that does not hold the row's maximum
+/// takes a loop of its own, which need not look for it. Where there are registers for masks, looking costs no more than the choice does.
+#[inline(always)]
+fn apart<S: Isa, T: Real>(classes: usize) -> bool {
+    T::DTYPE == DType::F32 && matches!(S::LEVEL, Level::Avx2 | Level::Neon) && classes > chain::<S, T>()
+}
+
 impl<T: Summand> Kernel for Short<'_, T> {
     type Output = bool;
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> bool {
+        assert!(S::LEVEL != Level::Scalar, "short rows are read one by one");
         if self.dst.is_some() { short::<S, T, true>(isa, self) } else { short::<S, T, false>(isa, self) }
     }
 }
@@ -81,26 +94,32 @@ impl<T: Summand> Kernel for Short<'_, T> {
 fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     let Short { scale, x, from, dst, cold, classes, tile } = job;
     let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
-    let exp = Exp::<Vf<S, T>>::new(isa, scale);
+    let exp = Exp::<Vf<S, T>>::new(isa, scale).opaque();
     let limit = T::from_f64(T::LIMIT.to_f64() / scale);
     // Where registers are few, keeping exponentials takes all of them.
-    let fused = (S::REGISTERS >= 32 || !STORE) && x.len() >= FUSED && from.is_none();
+    let fusing = S::REGISTERS >= 32 || (!STORE && T::DTYPE == DType::F32);
+    let fused = fusing && x.len() >= FUSED && from.is_none();
     let together = (TOGETHER / (x.len() * size_of::<T>()).max(1) / (1 + usize::from(fused))).clamp(2, GROUP);
     let distance = if fused { 2 * together } else { together };
-    let row_ahead = |slot: usize| match from {
-        Some((raw, to)) => Ahead::raw(raw.row(slot), to.row(slot)),
-        None => Ahead::of(x.row(slot)),
-    };
     // What is left of rows lane by lane is reduced row after row, away from the long chains of their exponentials.
-    let (mut tops, mut rests) = ([Vf::<S, T>::splat(isa, T::ZERO); GROUP], [Wide::<S>::zero(isa); GROUP]);
+    let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
+    let (mut tops, mut rests) = ([lowest; GROUP], [Wide::<S>::zero(isa); GROUP]);
+    let mut peaks = [[lowest; CHAINS]; GROUP];
     let (mut top, mut magic, mut floor) = ([T::ZERO; GROUP], [T::ZERO; GROUP], [T::ZERO; GROUP]);
     let mut left = false;
     let mut first = 0;
     while first < x.count() {
         let n = together.min(x.count() - first);
         if first == 0 || !fused {
-            for (r, top) in tops[..n].iter_mut().enumerate() {
-                *top = row_ahead(first + r).max(isa, 0);
+            for (r, (top, peaks)) in tops[..n].iter_mut().zip(&mut peaks).enumerate() {
+                *top = match from {
+                    Some((raw, to)) => Ahead::raw(raw.row(first + r), to.row(first + r)).max(isa, 0),
+                    None => chains_max(isa, x.row(first + r), peaks),
+                };
+                if apart::<S, T>(x.len()) && from.is_some() {
+                    // Which chain holds the maximum is not known: all may.
+                    *peaks = [*top; CHAINS];
+                }
             }
         }
         for (top, lanes) in top[..n].iter_mut().zip(&tops) {
@@ -131,7 +150,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 tile.ties[slot] = f64::NAN;
                 left = true;
                 if let Some(next) = next {
-                    tops[r] = Ahead::of(next).max(isa, 0);
+                    tops[r] = chains_max(isa, next, &mut peaks[r]);
                 }
                 continue;
             }
@@ -142,10 +161,10 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 Some((raw, _)) => raw.address(slot + distance),
                 None => x.address(slot + distance),
             };
-            let max = Vf::<S, T>::splat(isa, max);
+            let top = (Vf::<S, T>::splat(isa, max), &mut peaks[r]);
             let sums = match next {
-                Some(next) if S::REGISTERS >= 32 || !STORE => sum_row::<S, T, STORE, true>(isa, &at, max, row, next, (ahead, later), dst),
-                _ => sum_row::<S, T, STORE, false>(isa, &at, max, row, row, (ahead, later), dst),
+                Some(next) if fusing => sum_row::<S, T, STORE, true>(isa, &at, top, row, next, (ahead, later), dst),
+                _ => sum_row::<S, T, STORE, false>(isa, &at, top, row, row, (ahead, later), dst),
             };
             tile.ties[slot] = sums.ties as f64;
             (rests[r], tops[r]) = (sums.rest, sums.next);
@@ -158,6 +177,20 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     left
 }
 
+/// The maximum of a row, and of its chains, lane by lane.
+#[inline(always)]
+fn chains_max<S: Isa, T: Real>(isa: S, x: Span<T>, peaks: &mut [Vf<S, T>; CHAINS]) -> Vf<S, T> {
+    if !apart::<S, T>(x.len()) {
+        return block_max(isa, x);
+    }
+    let mut top = Vf::<S, T>::splat(isa, T::NEG_INF);
+    for (i, peak) in (0..x.len()).step_by(chain::<S, T>()).zip(peaks) {
+        *peak = block_max(isa, x.part(i, chain::<S, T>().min(x.len() - i)));
+        top = peak.max(top);
+    }
+    top
+}
+
 /// What is known of a row, and of the one whose maximum was taken meanwhile.
 struct Sums<S: Isa, T: Real> {
     rest: Wide<S>,
@@ -165,27 +198,87 @@ struct Sums<S: Isa, T: Real> {
     next: Vf<S, T>,
 }
 
-/// The sum of the exponentials of a row but for its maxima, and their number; with NEXT and in the same loop, the maximum of a row of as many classes. Memory
-/// is asked for what lies `ahead`, a row that is read later, and for one that is written `later`.
+/// Accumulators of a loop.
+struct Lanes<V> {
+    rest: [V; 4],
+    /// The maxima of the next row's chain.
+    next: [V; 4],
+    below: usize,
+}
+
+/// Where a row is, the next one, what is to be asked for, and where the exponentials go.
+#[derive(Clone, Copy)]
+struct Places<'a, T> {
+    x: Span<'a, T>,
+    next: Span<'a, T>,
+    ahead: *const u8,
+    dst: SpanMut<'a, T>,
+}
+
+/// The classes of some groups of four vectors. TOP: the maximum may be among them.
+#[inline(always)]
+fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP: bool>(
+    isa: S,
+    at: &Anchored<Vf<S, T>>,
+    top: Vf<S, T>,
+    groups: core::ops::Range<usize>,
+    row: Places<T>,
+    to: &mut Lanes<Vf<S, T>>,
+) {
+    let (step, group) = (Vf::<S, T>::LANES, 4 * Vf::<S, T>::LANES);
+    let (own, most) = if S::REGISTERS < 32 { (1, 0) } else { (3, 3) };
+    let mut k = groups.start;
+    while k < groups.end {
+        let (x, next, dst) = (row.x.nth(k, group), row.next.nth(k, group), if STORE { row.dst.nth(k, group) } else { row.dst });
+        for u in 0..4 {
+            isa.prefetch(row.ahead.wrapping_add((k * group + u * step) * size_of::<T>()));
+            if NEXT {
+                // In this order a NaN is passed over; it comes back through the sum.
+                to.next[u & most] = next.load(isa, u * step).max(to.next[u & most]);
+            }
+            let v = x.load(isa, u * step);
+            let (p, q) = at.parts(v);
+            if STORE {
+                dst.store(isa, u * step, p * q);
+            }
+            if TOP {
+                // Unordered: a NaN is not the maximum and so reaches the sum.
+                let others = v.ne(top);
+                to.rest[u & own] = to.rest[u & own].fma_where(others, p, q);
+                to.below += others.count();
+            } else {
+                to.rest[u & own] = p.mul_add(q, to.rest[u & own]);
+            }
+        }
+        k += 1;
+    }
+    if !TOP {
+        to.below += groups.len() * group;
+    }
+}
+
+/// The sum of the exponentials of a row but for its maxima, and their number; with NEXT and in the same loop, the maximum of a row of as many classes, and of
+/// its chains, which take the place of this one's. Memory is asked for what lies `ahead`, a row that is read later, and for one that is written `later`.
 #[inline(always)]
 fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool>(
     isa: S,
     at: &Anchored<Vf<S, T>>,
-    top: Vf<S, T>,
+    (top, peaks): (Vf<S, T>, &mut [Vf<S, T>; CHAINS]),
     x: Span<T>,
     next: Span<T>,
     (ahead, later): (*const u8, Option<*const u8>),
     dst: SpanMut<T>,
 ) -> Sums<S, T> {
     let (step, len) = (Vf::<S, T>::LANES, x.len());
-    let own = if S::REGISTERS < 32 { 1 } else { 3 };
     let (group, most) = (4 * step, chain::<S, T>() / (4 * step));
+    let (zero, lowest) = (splat::<S, T>(isa, 0.0), Vf::<S, T>::splat(isa, T::NEG_INF));
     // Of one length, known to the compiler: no check is left in the loop.
     let next = next.part(0, len);
     let dst = if STORE { dst.part(0, len) } else { dst };
+    let row = Places { x, next, ahead, dst };
+    let apart = apart::<S, T>(len);
     let mut wide = Wide::zero(isa);
-    let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
-    let mut below = 0;
+    let (mut to, mut max) = (Lanes { rest: [zero; 4], next: [lowest; 4], below: 0 }, lowest);
     let (mut k, mut i) = (0, 0);
     while i < len {
         let end = (len / group).min(k + most);
@@ -195,34 +288,21 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool>(
             }
         }
         let room = end - k < most;
-        let mut rest = [splat::<S, T>(isa, 0.0); 4];
-        while k < end {
-            let (x, next, dst) = (x.nth(k, group), next.nth(k, group), if STORE { dst.nth(k, group) } else { dst });
-            for u in 0..4 {
-                isa.prefetch(ahead.wrapping_add((k * group + u * step) * size_of::<T>()));
-                if NEXT {
-                    // In this order a NaN is passed over; it comes back through the sum.
-                    max[u & own] = next.load(isa, u * step).max(max[u & own]);
-                }
-                let v = x.load(isa, u * step);
-                let (p, q) = at.parts(v);
-                if STORE {
-                    dst.store(isa, u * step, p * q);
-                }
-                // Unordered: a NaN is not the maximum and so reaches the sum.
-                let others = v.ne(top);
-                rest[u & own] = rest[u & own].fma_where(others, p, q);
-                below += others.count();
-            }
-            k += 1;
+        to.rest = [zero; 4];
+        let peak = &mut peaks[k / most % CHAINS];
+        if apart && !peak.eq(top).any() {
+            sum_groups::<S, T, STORE, NEXT, false>(isa, at, top, k..end, row, &mut to);
+        } else {
+            sum_groups::<S, T, STORE, NEXT, true>(isa, at, top, k..end, row, &mut to);
         }
+        k = end;
         i = k * group;
         while room && i < len {
             let n = step.min(len - i);
             isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
             if NEXT {
                 let next = if n == step { next.load(isa, i) } else { next.load_partial(isa, i, n, T::NEG_INF) };
-                max[0] = next.max(max[0]);
+                to.next[0] = next.max(to.next[0]);
             }
             let v = if n == step { x.load(isa, i) } else { x.load_partial(isa, i, n, T::NEG_INF) };
             let (p, q) = at.parts(v);
@@ -230,12 +310,21 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool>(
                 if n == step { dst.store(isa, i, p * q) } else { dst.store_partial(isa, i, n, p * q) }
             }
             let others = v.ne(top);
-            rest[1] = rest[1].fma_where(others, p, q);
-            below += others.count() - (step - n);
+            to.rest[1] = to.rest[1].fma_where(others, p, q);
+            to.below += others.count() - (step - n);
             i += n;
         }
-        let [a, b, c, d] = rest;
+        let [a, b, c, d] = to.rest;
         T::add(isa, &mut wide, (a + b) + (c + d));
+        if NEXT && apart {
+            let [a, b, c, d] = core::mem::replace(&mut to.next, [lowest; 4]);
+            *peak = a.max(b).max(c.max(d));
+            max = peak.max(max);
+        }
     }
-    Sums { rest: wide, ties: len - below, next: max[0].max(max[1]).max(max[2].max(max[3])) }
+    if NEXT && !apart {
+        let [a, b, c, d] = to.next;
+        max = a.max(b).max(c.max(d));
+    }
+    Sums { rest: wide, ties: len - to.below, next: max }
 }

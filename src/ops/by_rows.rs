@@ -41,7 +41,7 @@ const LONG: usize = BLOCK + BLOCK / 2;
 
 /// Rows `first..last`; their losses are added to `total`.
 pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
-    let short = job.classes.size <= BLOCK && !job.terms.dense;
+    let short = job.classes.size <= BLOCK && !job.terms.dense && job.level != Level::Scalar;
     let width = if short && job.out.is_none() {
         MOST_SHORT
     } else if short {
