@@ -308,6 +308,15 @@ impl<T: Real, M: Making<T>> Next<'_, T, M> {
     }
 }
 
+impl<'a, T: Real> Next<'a, T, Here<'a, T>> {
+    /// A block as it stands, and what stands behind it.
+    #[inline(always)]
+    pub(super) fn here(block: Span<'a, T>) -> Self {
+        let later = block.address(0).wrapping_add(LATER);
+        Self { from: Here(block), to: SpanMut::of(&mut []), later, flags: core::ptr::null() }
+    }
+}
+
 /// A [`Next`] of any kind.
 #[derive(Clone, Copy)]
 pub(super) enum Ahead<'a, T> {
@@ -321,12 +330,7 @@ pub(super) enum Ahead<'a, T> {
 impl<'a, T: Real> Ahead<'a, T> {
     #[inline(always)]
     pub(super) fn of(block: Span<'a, T>) -> Self {
-        Self::Here(Next {
-            from: Here(block),
-            to: SpanMut::of(&mut []),
-            later: block.address(0).wrapping_add(LATER),
-            flags: core::ptr::null(),
-        })
+        Self::Here(Next::here(block))
     }
     /// What is made of `from`, written to `to`.
     #[inline(always)]

@@ -214,6 +214,69 @@ fn the_maximum_wherever_it_stands() {
     }
 }
 
+/// Rows of eight blocks with the maximum, a second one like it or a smaller one before it, and the target in any of them: blocks without any of these are read in
+/// one run, which must not pass them by.
+#[test]
+fn long_rows_with_the_target_in_any_block() {
+    const BLOCK: usize = 1024;
+    const CLASSES: usize = 7 * BLOCK + 30;
+    let peaks: [&[(usize, f64)]; 6] = [
+        &[(5, 6.0)],
+        &[(2 * BLOCK + 700, 6.0)],
+        &[(5 * BLOCK + 5, 6.0), (6 * BLOCK - 1, 6.0)],
+        &[(BLOCK, 6.0), (4 * BLOCK + 5, 6.0), (CLASSES - 1, 6.0)],
+        &[(0, 3.75), (3 * BLOCK + 511, 5.0), (6 * BLOCK + 700, 6.0)],
+        &[(7, 5.0), (3 * BLOCK, 5.0), (4 * BLOCK + 5, 6.0), (4 * BLOCK + 900, 6.0)],
+    ];
+    let targets: Vec<usize> = (0..8).flat_map(|block| [block * BLOCK + 5, (block * BLOCK + 700).min(CLASSES - 1)]).collect();
+    for level in levels() {
+        for dtype in FLOATS {
+            for (kind, &peaks) in peaks.iter().chain(&peaks).enumerate() {
+                if thin() && kind % 4 > 0 {
+                    continue;
+                }
+                // Confident rows as well, whose losses are as small as what is beside the maximum.
+                let down = if kind < 6 { 0.0 } else { 32.0 };
+                let mut row: Vec<f64> = (0..CLASSES).map(|c| (c * 37 % 31) as f64 / 4.0 - 4.0 - down).collect();
+                for &(class, logit) in peaks {
+                    row[class] = logit - down * (6.0 - logit) / 4.0;
+                }
+                let (top, below): (Vec<f64>, Vec<f64>) = row.iter().partition(|&&x| x == 6.0);
+                let others = (top.len() - 1) as f64 + below.iter().map(|x| (x - 6.0).exp()).sum::<f64>();
+                let x = row.repeat(targets.len());
+                let (shape, labels): (_, Vec<i128>) = ([targets.len(), CLASSES], targets.iter().map(|&t| t as i128).collect());
+                let exec = Exec { level, threads: 1 };
+                let (losses, gradients) = simple(&exec, dtype, &shape, 1, &x, &labels, &LossOptions::default());
+                let mut alone = Tensor::empty(dtype.row_dtype(), Layout::C, &shape[..1]);
+                {
+                    let (x, y) = (Tensor::floats(dtype, Layout::C, &shape, &x), Tensor::ints(DType::I64, Layout::C, &shape[..1], &labels));
+                    let options = LossOptions { reduction: Reduction::None, ..LossOptions::default() };
+                    let out = alone.out();
+                    ops::cross_entropy(&exec, &x.array(), 1, &Target::Index(y.array()), &options, Some(&out), None).unwrap();
+                }
+                for (r, &target) in targets.iter().enumerate() {
+                    let context = format!("peaks {peaks:?}, target {target}, {dtype:?} {level:?}");
+                    let loss = others.ln_1p() + (6.0 - row[target]);
+                    assert!((losses[r] / loss - 1.0).abs() < 1e-6, "{} for {loss}: {context}", losses[r]);
+                    assert_eq!(losses[r], alone.values()[r], "without a gradient: {context}");
+                    for (c, x) in row.iter().enumerate() {
+                        let p = (x - 6.0).exp() / (1.0 + others);
+                        let slope = if c != target {
+                            p
+                        } else if *x == 6.0 {
+                            -others / (1.0 + others)
+                        } else {
+                            p - 1.0
+                        };
+                        let got = gradients[r * CLASSES + c];
+                        assert!((got - slope).abs() <= 2e-6 * slope.abs() + ulp(dtype, slope), "class {c}, {got} for {slope}: {context}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Few classes go ways of their own, and so does the temperature in each.
 #[test]
 fn temperatures_of_few_classes() {
