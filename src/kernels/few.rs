@@ -155,7 +155,24 @@ struct Lane<V> {
     number: V,
 }
 
+/// Whether the target's logit is found in the loop of the maximum instead of that of the sums, where registers are few. (Elsewhere the one waits for memory, and the
+/// other does not wait for this.)
+#[inline(always)]
+const fn early<S: Isa>() -> bool {
+    S::REGISTERS < 32
+}
+
 impl<V: Vector> Lane<V> {
+    /// Keeps the logit if its class is the row's.
+    #[inline(always)]
+    fn find<S: Isa, T: Real<V<S> = V>>(&mut self, isa: S, class: V, v: V)
+    where
+        V: Vector<Elem = T, Isa = S>,
+    {
+        self.logit = V::select(class.eq(self.number), v, self.logit);
+        self.number = self.number + V::splat(isa, T::ONE);
+    }
+
     /// Adds a class; with STORE its exponential takes its place.
     #[inline(always)]
     fn add<S: Isa, T: Real<V<S> = V>, const STORE: bool, const U: usize>(
@@ -169,7 +186,6 @@ impl<V: Vector> Lane<V> {
     ) where
         V: Vector<Elem = T, Isa = S>,
     {
-        let one = V::splat(isa, T::ONE);
         let v = tile.read().load_whole(isa, c, j);
         let (p, q) = at.parts(v);
         if STORE {
@@ -181,8 +197,9 @@ impl<V: Vector> Lane<V> {
         let u = if S::REGISTERS < 32 { U & 1 } else { U };
         self.rest[u] = self.rest[u].fma_where(below, p, q);
         self.below = self.below.count_where(below);
-        self.logit = V::select(class.eq(self.number), v, self.logit);
-        self.number = self.number + one;
+        if !early::<S>() {
+            self.find::<S, T>(isa, class, v);
+        }
     }
 }
 
@@ -198,23 +215,31 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
     let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / scale);
     for i in 0..rows.class.len() / step {
         let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
+        let mut row = Lane { rest: [zero; 4], below: whole, logit: zero, number: zero };
         // In this order a NaN is passed over; it comes back through the sum.
-        let (mut max, mut other) = (x.load_whole(isa, 0, j).max(lowest), lowest);
-        let mut c = 1;
+        let (mut max, mut other) = (lowest, lowest);
+        let mut c = 0;
         while classes - c >= 2 {
             let two = x.part(c, 2);
-            max = two.load_whole(isa, 0, j).max(max);
-            other = two.load_whole(isa, 1, j).max(other);
+            let [u, v] = [two.load_whole(isa, 0, j), two.load_whole(isa, 1, j)];
+            (max, other) = (u.max(max), v.max(other));
+            if early::<S>() {
+                row.find::<S, T>(isa, class, u);
+                row.find::<S, T>(isa, class, v);
+            }
             c += 2;
         }
         if c < classes {
-            max = x.load_whole(isa, c, j).max(max);
+            let v = x.load_whole(isa, c, j);
+            max = v.max(max);
+            if early::<S>() {
+                row.find::<S, T>(isa, class, v);
+            }
         }
         let max = other.max(max);
         let near = max.abs().le(limit);
         let origin = Vf::<S, T>::select(near, max, zero);
         let at = exp.anchor(exp.reference(origin));
-        let mut row = Lane { rest: [zero; 4], below: whole, logit: zero, number: zero };
         let (mut sum, mut lost) = (zero, zero);
         let mut c = 0;
         while c < classes {

@@ -26,7 +26,7 @@ impl<S: Isa, T: Real> Constants<S, T> {
     /// For logits that are multiplied by `scale`.
     #[inline(always)]
     pub fn new(isa: S, scale: f64) -> Self {
-        Self { isa, exp: Exp::new(isa, scale), exp1: Exp::new(Scalar, scale), scale }
+        Self { isa, exp: Exp::new(isa, scale).opaque(), exp1: Exp::new(Scalar, scale), scale }
     }
 
     #[inline(always)]
@@ -320,8 +320,8 @@ struct Sums<V> {
 fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Lanes<Vf<S, T>>, x: Span<T>, next: Span<T>) -> Sums<Vf<S, T>> {
     let step = Vf::<S, T>::LANES;
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
-    // Where registers are few, two accumulators: the constants need them more.
-    let own = if S::REGISTERS < 32 { 1 } else { 3 };
+    // Where registers are few, two accumulators and one for the maximum: the constants need them more.
+    let (own, most) = if S::REGISTERS < 32 { (1, 0) } else { (3, 3) };
     let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
     let (mut rest, mut spread) = ([zero; 4], [zero; 4]);
     let (len, group) = (x.len(), 4 * step);
@@ -332,7 +332,7 @@ fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Lanes
         for u in 0..4 {
             ask(isa, next, u * step);
             // In this order a NaN is passed over; it comes back through the sum.
-            max[u & own] = next.load(isa, u * step).max(max[u & own]);
+            max[u & most] = next.load(isa, u * step).max(max[u & most]);
             add::<S, T, SPREAD, TOP>(at, x.load(isa, u * step), &mut rest[u & own], &mut spread[u & own]);
         }
     }
