@@ -62,6 +62,64 @@ impl<'a, E: Element> Columns<'a, E> {
         }
     }
 
+    /// `N` classes from `c` on of the `n` columns from `j` on, to be loaded whole: a copy where there are less, in which the others are `fill`.
+    #[inline(always)]
+    pub fn window<'s, S: Isa, const N: usize>(self, (c, j, n): (usize, usize, usize), copy: &'s mut [[E; 16]; N], fill: E) -> Columns<'s, E>
+    where
+        'a: 's,
+    {
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        assert!(c < self.classes && n <= lanes && j <= self.width && n <= self.width - j);
+        // SAFETY: in bounds.
+        let first = unsafe { self.ptr.offset(c as isize * self.stride).add(j) };
+        let classes = N.min(self.classes - c);
+        if n == lanes && classes == N {
+            return Columns { ptr: first, stride: self.stride, classes: N, width: lanes, life: PhantomData };
+        }
+        for (u, copy) in copy.iter_mut().enumerate() {
+            copy.fill(fill);
+            if u < classes {
+                // SAFETY: in bounds; valid for reads; a vector has at most 16 lanes.
+                unsafe { core::ptr::copy_nonoverlapping(first.offset(u as isize * self.stride), copy.as_mut_ptr(), n) };
+            }
+        }
+        Columns { ptr: copy.as_ptr().cast(), stride: 16, classes: N, width: lanes, life: PhantomData }
+    }
+
+    /// Class `c` of the `n` columns from `j` on.
+    #[inline(always)]
+    pub fn load_some<S: Isa>(self, isa: S, c: usize, (j, n): (usize, usize)) -> Vf<S, E::Acc> {
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        assert!(c < self.classes && n <= lanes && j <= self.width && n <= self.width - j);
+        // SAFETY: in bounds; valid for reads.
+        unsafe {
+            let ptr = self.ptr.offset(c as isize * self.stride).add(j);
+            if n == lanes { E::load(isa, ptr) } else { E::load_partial(isa, ptr, n, E::from_f64(0.0)) }
+        }
+    }
+
+    /// Four vectors of class `c` from column `j` on.
+    #[inline(always)]
+    pub fn load_four<S: Isa>(self, isa: S, c: usize, j: usize) -> [Vf<S, E::Acc>; 4] {
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        assert!(c < self.classes && j + 4 * lanes <= self.width);
+        // SAFETY: in bounds; valid for reads.
+        unsafe {
+            let ptr = self.ptr.offset(c as isize * self.stride).add(j);
+            [E::load(isa, ptr), E::load(isa, ptr.add(lanes)), E::load(isa, ptr.add(2 * lanes)), E::load(isa, ptr.add(3 * lanes))]
+        }
+    }
+
+    /// Columns before the first that begins on a boundary of the vectors, if it does so in every class: otherwise none.
+    #[inline(always)]
+    pub fn lead<S: Isa>(self) -> usize {
+        let vector = <Vf<S, E::Acc> as Vector>::LANES * size_of::<E>();
+        if !(self.stride.unsigned_abs() * size_of::<E>()).is_multiple_of(vector) {
+            return 0;
+        }
+        (self.ptr as usize).wrapping_neg() % vector / size_of::<E>()
+    }
+
     /// The same where the columns are known to fill the vector.
     #[inline(always)]
     pub fn load_whole<S: Isa>(self, isa: S, c: usize, j: usize) -> Vf<S, E::Acc> {
@@ -160,6 +218,48 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
         assert!(c < self.0.classes && j + <Vf<S, E::Acc> as Vector>::LANES <= self.0.width);
         // SAFETY: in bounds; valid for writes.
         unsafe { E::store(isa, v, self.0.ptr.cast_mut().offset(c as isize * self.0.stride).add(j)) }
+    }
+
+    /// Stores class `c` of the `n` columns from `j` on; past the caches, with `stream`, where that is a whole aligned vector.
+    #[inline(always)]
+    pub fn put<S: Isa>(self, isa: S, c: usize, (j, n): (usize, usize), stream: bool, v: Vf<S, E::Acc>) {
+        let to = self.0;
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        assert!(c < to.classes && n <= lanes && j <= to.width && n <= to.width - j);
+        // SAFETY: in bounds; valid for writes; what is written past the caches is aligned.
+        unsafe {
+            let ptr = to.ptr.cast_mut().offset(c as isize * to.stride).add(j);
+            if n < lanes {
+                E::store_partial(isa, v, ptr, n);
+            } else if stream && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
+                E::stream(isa, v, ptr);
+            } else {
+                E::store(isa, v, ptr);
+            }
+        }
+    }
+
+    /// The same of four vectors.
+    #[inline(always)]
+    pub fn put_four<S: Isa>(self, isa: S, c: usize, j: usize, stream: bool, v: [Vf<S, E::Acc>; 4]) {
+        let to = self.0;
+        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
+        assert!(c < to.classes && j + 4 * lanes <= to.width);
+        // SAFETY: in bounds; valid for writes; what is written past the caches is aligned.
+        unsafe {
+            let ptr = to.ptr.cast_mut().offset(c as isize * to.stride).add(j);
+            if stream && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
+                E::stream(isa, v[0], ptr);
+                E::stream(isa, v[1], ptr.add(lanes));
+                E::stream(isa, v[2], ptr.add(2 * lanes));
+                E::stream(isa, v[3], ptr.add(3 * lanes));
+            } else {
+                E::store(isa, v[0], ptr);
+                E::store(isa, v[1], ptr.add(lanes));
+                E::store(isa, v[2], ptr.add(2 * lanes));
+                E::store(isa, v[3], ptr.add(3 * lanes));
+            }
+        }
     }
 
     /// As [`ColumnsMut::store`], past the caches where whole aligned vectors of the type allow it.

@@ -3,9 +3,10 @@
 //! The kernels work on a *tile* in scratch: class c of row j at `c * stride + j`. [`copy`](super::copy) fills it from whatever memory has,
 //! [`reduce`] leaves the row states and the exponentials, `emit_*` turn them into results in place, and `copy` carries those back. So one set of
 //! kernels serves NCHW, Fortran order and many rows of few classes, in and out of place.
-//! With many classes a tile is filled again and again, [`BLOCK`] classes at a time.
+//! With many classes a tile is filled again and again, [`BLOCK`] classes at a time: here only beside a dense target stream, otherwise in
+//! [`sweep`](super::sweep).
 
-use crate::array::{Columns, ColumnsMut, DType, Element, Float, Span, SpanMut, Vf, lanes};
+use crate::array::{Columns, ColumnsMut, DType, Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Vector};
 
 use super::finish::Tile;
@@ -23,7 +24,7 @@ pub fn block_of(classes: usize) -> usize {
     classes.div_ceil(classes.div_ceil(BLOCK).max(1)).next_multiple_of(4).min(BLOCK)
 }
 
-/// Vectors of columns whose states are carried from block to block together: long enough runs for the prefetcher in Fortran order.
+/// Vectors of columns whose states are carried from block to block together.
 const GROUPS: usize = 16;
 
 /// Where classes of columns stand in memory, to be asked for while others are computed with: a block is copied faster than memory can give it.
@@ -40,9 +41,20 @@ pub struct Origin {
 impl Origin {
     /// Asks for `count` classes from `first` on of column `j`, which need not be there.
     #[inline(always)]
-    fn ask<S: Isa>(self, isa: S, first: usize, count: usize, j: usize) {
+    pub(super) fn ask<S: Isa>(self, isa: S, first: usize, count: usize, j: usize) {
         for c in first..first + count {
             isa.prefetch(self.base.wrapping_offset(c as isize * self.class).wrapping_offset(j as isize * self.column));
+        }
+    }
+}
+
+impl Origin {
+    /// Asks for four vectors of class `c` from column `j` on.
+    #[inline(always)]
+    pub(super) fn ask_four<S: Isa, T: Float>(self, isa: S, c: usize, j: usize) {
+        let at = self.base.wrapping_offset(c as isize * self.class).wrapping_offset(j as isize * self.column);
+        for byte in (0..4 * Vf::<S, T>::LANES * size_of::<T>()).step_by(64) {
+            isa.prefetch(at.wrapping_add(byte));
         }
     }
 }
@@ -60,7 +72,7 @@ pub enum Dense<'a, T> {
 
 impl<T: Float> Dense<'_, T> {
     #[inline(always)]
-    fn load<S: Isa>(self, isa: S, c: usize, j: usize) -> Vf<S, T> {
+    pub(super) fn load<S: Isa>(self, isa: S, c: usize, j: usize) -> Vf<S, T> {
         match self {
             Self::None => Vf::<S, T>::splat(isa, T::ZERO),
             Self::Shared(span) => Vf::<S, T>::splat(isa, span.get(c)),
@@ -167,11 +179,10 @@ pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
                     origin.ask(isa, first + count, count, from + group * step);
                 }
                 let (state, linear, at) = (&mut states[group], &mut linears[group], at + group * step);
-                match (lin, store) {
-                    (false, false) => sum_block::<S, T, false, false>(isa, &exp, block, first, at, stream, state, linear),
-                    (false, true) => sum_block::<S, T, false, true>(isa, &exp, block, first, at, stream, state, linear),
-                    (true, false) => sum_block::<S, T, true, false>(isa, &exp, block, first, at, stream, state, linear),
-                    (true, true) => sum_block::<S, T, true, true>(isa, &exp, block, first, at, stream, state, linear),
+                if lin {
+                    sum_block::<S, T, true>(isa, &exp, store, block, first, at, stream, state, linear);
+                } else {
+                    sum_block::<S, T, false>(isa, &exp, store, block, first, at, stream, state, linear);
                 }
             }
             first += count;
@@ -225,15 +236,21 @@ fn raise<S: Isa, T: Summand>(
         c += 1;
     }
     let max = tops[0].max(tops[1]).max(tops[2].max(tops[3]));
-    let far = splat::<S, T>(isa, T::LIMIT.to_f64() / scale).lt(max.abs());
-    let finite = origin::<S, T>(isa, max);
-    // Lanes far off the grid, and those of −inf, must not reach the rounding of `reference`.
-    let near = Vf::<S, T>::select(far, Vf::<S, T>::splat(isa, T::ZERO), finite);
-    let (k, b) = (exp.reference(near), finite - near);
+    let (k, b) = reference::<S, T>(isa, exp, scale, max);
     if first > 0 && state.max.lt(max).any() {
         grow::<S, T>(isa, exp, scale, max, (k, b), state, linear);
     }
     (state.max, state.k, state.b) = (max, k, b);
+}
+
+/// What exponentials are relative to where `max` is the maximum: see [`Reference`].
+#[inline(always)]
+pub(super) fn reference<S: Isa, T: Summand>(isa: S, exp: &Exp<Vf<S, T>>, scale: f64, max: Vf<S, T>) -> (Vf<S, T>, Vf<S, T>) {
+    let far = splat::<S, T>(isa, T::LIMIT.to_f64() / scale).lt(max.abs());
+    let finite = origin::<S, T>(isa, max);
+    // Lanes far off the grid, and those of −inf, must not reach the rounding of `reference`.
+    let near = Vf::<S, T>::select(far, Vf::<S, T>::splat(isa, T::ZERO), finite);
+    (exp.reference(near), finite - near)
 }
 
 /// The maximum, or what stands for it where it is infinite.
@@ -255,9 +272,10 @@ const ADDITIONS: usize = 8;
 
 /// Adds the exponentials of a block to a state whose maximum knows of it.
 #[inline(always)]
-fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
+fn sum_block<S: Isa, T: Summand, const LIN: bool>(
     isa: S,
     exp: &Exp<Vf<S, T>>,
+    store: bool,
     x: ColumnsMut<T>,
     first: usize,
     j: usize,
@@ -282,7 +300,7 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
             for u in 0..4 {
                 if c + 4 <= end || c + u < end {
                     let (part, number) = (&mut parts[u % accumulators], (first + c + u) as f64);
-                    add_class::<S, T, LIN, STORE>(isa, &of, x, (c + u, j), dense, number, part, (&mut count, &mut arg));
+                    add_class::<S, T, LIN>(isa, &of, store, x, (c + u, j), dense, number, part, (&mut count, &mut arg));
                 }
             }
             c += 4;
@@ -318,9 +336,10 @@ struct Part<V> {
 
 /// Adds one class, the `number`th of its row.
 #[inline(always)]
-fn add_class<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
+fn add_class<S: Isa, T: Summand, const LIN: bool>(
     isa: S,
     of: &Of<Vf<S, T>>,
+    store: bool,
     x: ColumnsMut<T>,
     (c, j): (usize, usize),
     dense: Dense<T>,
@@ -331,7 +350,7 @@ fn add_class<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     let v = x.read().load_whole(isa, c, j);
     // b is 0 except where the maximum is off the grid: then x − b is exact or dwarfed by x's own spacing.
     let (p, q) = of.at.parts(v - of.b);
-    if STORE {
+    if store {
         x.store_whole(isa, c, j, p * q);
     }
     // Unordered: a NaN is not the maximum and so reaches the sum.
@@ -348,6 +367,53 @@ fn add_class<S: Isa, T: Summand, const LIN: bool, const STORE: bool>(
     }
 }
 
+/// The factors of [`rebase`], in two steps, where an offset changes: rare, and the vector exponential cannot take a difference of two references off
+/// the grid. The references are k and b before, k and b after.
+#[inline(never)]
+fn far_factors(scale: f64, references: &[[f64; 16]; 4], factors: &mut [[f64; 16]; 2]) {
+    for lane in 0..16 {
+        let [from_k, from_b, to_k, to_b] = references.map(|lanes| lanes[lane]);
+        if from_b != to_b {
+            let (from, to) = (Reference { k: from_k, b: from_b }, Reference { k: to_k, b: to_b });
+            // Only of sums that are empty yet the old reference may be lower.
+            let lower = (from_b - to_b) * scale > (to_k - from_k) * core::f64::consts::LN_2;
+            let factor = if lower { 1.0 } else { from.factor(to, scale).min(1.0) };
+            // 2^-100
+            let step = if factor < 7.9e-31 { f64::from_bits((1023 - 100) << 52) } else { 1.0 };
+            (factors[0][lane], factors[1][lane]) = (factor / step, step);
+        }
+    }
+}
+
+/// Moves sums from one reference to another that is not lower.
+#[inline(always)]
+pub(super) fn rebase<S: Isa, T: Summand>(
+    isa: S,
+    scale: f64,
+    (from_k, from_b): (Vf<S, T>, Vf<S, T>),
+    (to_k, to_b): (Vf<S, T>, Vf<S, T>),
+    rest: &mut Wide<S>,
+) {
+    // In two steps: many classes far below the new maximum may count together, though the factor itself is subnormal.
+    let (zero, one, magic) = (Vf::<S, T>::splat(isa, T::ZERO), Vf::<S, T>::splat(isa, T::ONE), Vf::<S, T>::splat(isa, T::MAGIC));
+    let shift = zero.min(from_k - to_k);
+    let half = (shift * splat::<S, T>(isa, 0.5) + magic) - magic;
+    let mut by = [one.scale2(half), one.scale2(shift - half)];
+    if from_b.ne(to_b).any() {
+        let mut references = [[0.0; 16]; 4];
+        for (lanes, v) in references.iter_mut().zip([from_k, from_b, to_k, to_b]) {
+            T::store_wide(isa, v, SpanMut::of(lanes), 0);
+        }
+        let mut factors = [[0.0; 16]; 2];
+        T::store_wide(isa, by[0], SpanMut::of(&mut factors[0]), 0);
+        T::store_wide(isa, by[1], SpanMut::of(&mut factors[1]), 0);
+        far_factors(scale, &references, &mut factors);
+        by = [T::load_wide(isa, Span::of(&factors[0]), 0), T::load_wide(isa, Span::of(&factors[1]), 0)];
+    }
+    T::scale_columns(isa, rest, by[0]);
+    T::scale_columns(isa, rest, by[1]);
+}
+
 /// Moves a state to a larger maximum: what was the maximum joins the rest.
 #[inline(always)]
 fn grow<S: Isa, T: Summand>(
@@ -359,35 +425,10 @@ fn grow<S: Isa, T: Summand>(
     state: &mut State<S, T>,
     linear: Option<&mut Linear<S, T>>,
 ) {
-    let zero = Vf::<S, T>::splat(isa, T::ZERO);
+    let (zero, one) = (Vf::<S, T>::splat(isa, T::ZERO), Vf::<S, T>::splat(isa, T::ONE));
     let grew = state.max.lt(max);
     let empty = state.max.eq(Vf::<S, T>::splat(isa, T::NEG_INF));
-    // In two steps: many classes far below the new maximum may count together, though the factor itself is subnormal.
-    let (one, magic) = (Vf::<S, T>::splat(isa, T::ONE), Vf::<S, T>::splat(isa, T::MAGIC));
-    let shift = zero.min(state.k - k);
-    let half = (shift * splat::<S, T>(isa, 0.5) + magic) - magic;
-    let mut by = [one.scale2(half), one.scale2(shift - half)];
-    if state.b.ne(b).any() {
-        // Rare, and the vector exponential cannot take a difference of two references off the grid.
-        let mut factors = [[0.0; 16]; 2];
-        T::store_wide(isa, by[0], SpanMut::of(&mut factors[0]), 0);
-        T::store_wide(isa, by[1], SpanMut::of(&mut factors[1]), 0);
-        let (from_k, from_b) = (lanes::<S, T>(state.k), lanes::<S, T>(state.b));
-        let (to_k, to_b) = (lanes::<S, T>(k), lanes::<S, T>(b));
-        for lane in 0..Vf::<S, T>::LANES {
-            if from_b[lane] != to_b[lane] {
-                let from = Reference { k: from_k[lane].to_f64(), b: from_b[lane].to_f64() };
-                let to = Reference { k: to_k[lane].to_f64(), b: to_b[lane].to_f64() };
-                let factor = from.factor(to, scale).min(1.0);
-                // 2^-100
-                let step = if factor < 7.9e-31 { f64::from_bits((1023 - 100) << 52) } else { 1.0 };
-                (factors[0][lane], factors[1][lane]) = (factor / step, step);
-            }
-        }
-        by = [T::load_wide(isa, Span::of(&factors[0]), 0), T::load_wide(isa, Span::of(&factors[1]), 0)];
-    }
-    T::scale_columns(isa, &mut state.rest, by[0]);
-    T::scale_columns(isa, &mut state.rest, by[1]);
+    rebase::<S, T>(isa, scale, (state.k, state.b), (k, b), &mut state.rest);
     let old = exp.exp2(floor::<S, T>(isa, scale, max, b).max(state.max - b), k);
     T::add(isa, &mut state.rest, Vf::<S, T>::select(grew, state.ties * old, zero));
     state.ties = Vf::<S, T>::select(grew, zero, state.ties);
@@ -409,7 +450,7 @@ fn grow<S: Isa, T: Summand>(
 
 /// What keeps probabilities at 1, and makes a class that has everything exactly 1: the product has the error of two exponentials.
 #[derive(Clone, Copy)]
-struct Ceiling<'t, V> {
+pub(super) struct Ceiling<'t, V> {
     tile: &'t Tile,
     most: V,
 }
@@ -419,18 +460,18 @@ where
     V::Elem: Summand + Float<V<V::Isa> = V>,
 {
     #[inline(always)]
-    fn new(isa: V::Isa, tile: &'t Tile, most: f64) -> Self {
+    pub(super) fn new(isa: V::Isa, tile: &'t Tile, most: f64) -> Self {
         Self { tile, most: V::splat(isa, V::Elem::from_f64(most)) }
     }
     /// Above which the results of the columns from `j` on are the most there is.
     #[inline(always)]
-    fn above(self, isa: V::Isa, j: usize) -> V {
+    pub(super) fn above(self, isa: V::Isa, j: usize) -> V {
         // Without a cap `top` is the gradient at the maximum.
         let top = V::Elem::load_wide(isa, Span::of(&self.tile.top), j);
         V::select(self.most.eq(V::splat(isa, V::Elem::ONE)), top, self.most)
     }
     #[inline(always)]
-    fn cut(self, above: V, v: V) -> V {
+    pub(super) fn cut(self, above: V, v: V) -> V {
         V::select(above.lt(v), self.most, v)
     }
 }
@@ -456,8 +497,8 @@ pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, d
 }
 
 /// Takes a power of two from the exponentials of columns whose factor a alone would leave the normal numbers of the type, and gives it to a.
-/// With `stored` they are in the tile, otherwise their reference is moved.
-pub fn balance<T: Summand>(x: ColumnsMut<T>, width: usize, tile: &mut Tile, stored: bool) {
+/// If they are not `stored`, their reference is moved.
+pub fn balance<T: Summand>(stored: Option<ColumnsMut<T>>, width: usize, tile: &mut Tile) {
     let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
     let bias = T::BIAS.to_f64();
     for j in 0..width {
@@ -465,63 +506,12 @@ pub fn balance<T: Summand>(x: ColumnsMut<T>, width: usize, tile: &mut Tile, stor
             continue;
         }
         tile.a[j] *= bias.exp2();
-        if stored {
+        if let Some(x) = stored {
             for c in 0..x.read().classes() {
                 x.set(c, j, T::from_f64(x.read().get(c, j).to_f64() * (-bias).exp2()));
             }
         } else {
             tile.k[j] += bias;
-        }
-    }
-}
-
-/// Replaces the logits of a tile by `a·exp(x − reference) − g·t`; the block after it, which `next` is the origin of, is asked for.
-#[inline(always)]
-pub fn emit_exp<S: Isa, T: Summand>(
-    isa: S,
-    scale: f64,
-    x: ColumnsMut<T>,
-    width: usize,
-    dense: Dense<T>,
-    tile: &Tile,
-    most: f64,
-    next: Option<Origin>,
-) {
-    let ceiling = Ceiling::new(isa, tile, most);
-    let exp = Exp::<Vf<S, T>>::new(isa, scale);
-    let from = x.read();
-    for j in (0..width).step_by(Vf::<S, T>::LANES) {
-        let b = T::load_wide(isa, Span::of(&tile.b), j);
-        let at = exp.anchor(T::load_wide(isa, Span::of(&tile.k), j));
-        let a = T::load_wide(isa, Span::of(&tile.a), j);
-        let g = if dense.is_some() { T::load_wide(isa, Span::of(&tile.slope), j) } else { a };
-        let above = ceiling.above(isa, j);
-        if let Some(next) = next {
-            next.ask(isa, 0, from.classes(), j);
-        }
-        for c in 0..from.classes() {
-            let mut out = ceiling.cut(above, at.exp2(from.load_whole(isa, c, j) - b) * a);
-            if dense.is_some() {
-                out = out - dense.load(isa, c, j) * g;
-            }
-            x.store_whole(isa, c, j, out);
-        }
-    }
-}
-
-/// Replaces the logits of a tile by `(x − max)·scale − log_sum`, in this order: neither step cancels. `next` as in [`emit_exp`].
-#[inline(always)]
-pub fn emit_log<S: Isa, T: Summand>(isa: S, scale: f64, x: ColumnsMut<T>, width: usize, tile: &Tile, next: Option<Origin>) {
-    let scale = Vf::<S, T>::splat(isa, T::from_f64(scale));
-    let from = x.read();
-    for j in (0..width).step_by(Vf::<S, T>::LANES) {
-        let max = T::load_wide(isa, Span::of(&tile.max), j);
-        let log_sum = T::load_wide(isa, Span::of(&tile.log_sum), j);
-        if let Some(next) = next {
-            next.ask(isa, 0, from.classes(), j);
-        }
-        for c in 0..from.classes() {
-            x.store_whole(isa, c, j, (from.load_whole(isa, c, j) - max) * scale - log_sum);
         }
     }
 }

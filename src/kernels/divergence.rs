@@ -82,8 +82,12 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
     pub fn block(&mut self, constants: &Constants<S, T>, x: [Span<T>; 2], next: [Option<Span<T>>; 2], start: usize) {
         let (isa, scale) = (constants.isa, constants.scale);
         let mut ties = [self.p.ties, self.q.ties];
-        let (_, _, p_raised) = self.p.look(constants, x[0], start);
-        let (_, _, q_raised) = self.q.look(constants, x[1], start);
+        let mut raised = [None, None];
+        // One copy of the code for both.
+        for (j, row) in [&mut self.p, &mut self.q].into_iter().enumerate() {
+            (_, _, raised[j]) = row.look(constants, x[j], start);
+        }
+        let [p_raised, q_raised] = raised;
         let mut leap = false;
         if let Some(Raised { factor, growth }) = p_raised {
             ties[0] = 0.0;
@@ -159,14 +163,14 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
 
     #[inline(always)]
     fn gap(&self) -> f64 {
-        let mut sum = T::total(self.gap);
+        let mut sum = T::total_called(self.gap);
         sum.merge(self.gap_extra);
         sum.value()
     }
 
     #[inline(always)]
     fn tilt(&self) -> f64 {
-        let mut sum = T::total(self.tilt);
+        let mut sum = T::total_called(self.tilt);
         sum.merge(self.tilt_extra);
         sum.value()
     }

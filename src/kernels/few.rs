@@ -4,7 +4,7 @@
 //! [`super::finish`], which has it for everything else. Of two classes one exponential says all.
 
 use crate::array::{ColumnsMut, DType, Span, SpanMut, Vf};
-use crate::simd::{Isa, Kernel, Mask, Vector};
+use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 
 use super::finish::Odds;
 use super::math::{Anchored, Exp, Real};
@@ -106,6 +106,7 @@ impl<T: Summand> Kernel for Few<'_, T> {
     type Output = bool;
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> bool {
+        assert!(S::LEVEL != Level::Scalar, "the portable level takes the general way");
         let Self { scale, want, x, rows, target, loss, lanes, next } = self;
         let g = if let Want::Gradient(g) = want { Some(g) } else { None };
         let whole = rows.next_multiple_of(Vf::<S, T>::LANES);

@@ -10,7 +10,7 @@ use crate::simd::{Isa, Mask, Vector};
 use super::math::{Exp, Real, log1p_inverse};
 use super::state::splat;
 
-/// Most rows in a tile.
+/// Most rows in a tile, but for long runs of columns with one target each.
 pub const WIDTH: usize = 256;
 
 /// From one sparse target of a row to the next one in a tile. Were it a power of two, they would share a set of the first cache, and push each other out.
@@ -61,9 +61,12 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// Makes room for `entries` sparse targets per row.
-    pub fn reserve(&mut self, entries: usize) {
-        if self.top.len() >= WIDTH && self.patch.len() >= entries * APART {
+    /// Makes room for `rows` rows, or [`WIDTH`], with `entries` sparse targets each: more than one only of up to [`WIDTH`] rows.
+    pub fn reserve(&mut self, rows: usize, entries: usize) {
+        // Vectors that begin anywhere are stored whole.
+        let rows = rows.max(WIDTH) + 16;
+        let all = (entries * APART).max(entries.min(1) * rows);
+        if self.top.len() >= rows && self.patch.len() >= all {
             return;
         }
         for v in [
@@ -85,13 +88,13 @@ impl Tile {
             &mut self.a,
             &mut self.top,
         ] {
-            if v.len() < WIDTH {
-                v.resize(WIDTH, 0.0);
+            if v.len() < rows {
+                v.resize(rows, 0.0);
             }
         }
         for v in [&mut self.x_target, &mut self.mass, &mut self.mass_all, &mut self.e_target, &mut self.patch] {
-            if v.len() < entries * APART {
-                v.resize(entries * APART, 0.0);
+            if v.len() < all {
+                v.resize(all, 0.0);
             }
         }
     }
@@ -265,7 +268,8 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
             if terms.dense {
                 SpanMut::of(&mut tile.top).store(isa, r, top);
             }
-            let lone = ties.eq(one);
+            // Of columns ties are not counted: but where there are any, the others have about as much as the maximum, and nothing cancels.
+            let lone = ties.eq(one).and(odds.others.lt(splat::<S, f64>(isa, 0.75)));
             for entry in 0..terms.entries {
                 let at = entry * APART + r;
                 let x = Span::of(&tile.x_target).load(isa, at);

@@ -15,3 +15,4 @@ pub mod rows;
 pub mod scan;
 pub mod short;
 pub mod state;
+pub mod sweep;

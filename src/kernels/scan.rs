@@ -151,7 +151,7 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
     /// Σ exp without the maxima.
     #[inline(always)]
     pub(super) fn rest(&self) -> Pair {
-        let mut sum = T::total(self.rest);
+        let mut sum = T::total_called(self.rest);
         sum.merge(self.rest_extra);
         sum
     }
@@ -278,7 +278,7 @@ impl<S: Isa, T: Summand> Scan<S, T> {
     /// The entropy, where SPREAD was asked for: log S + Σ p·(max − x), of which no term is negative.
     #[inline(always)]
     pub fn entropy(&self, total: &Total, log_sum: f64) -> f64 {
-        let mut spread = T::total(self.spread);
+        let mut spread = T::total_called(self.spread);
         spread.merge(self.spread_extra);
         if total.valid { log_sum + spread.value() / ((1.0 + total.others) * self.softmax.top) } else { f64::NAN }
     }

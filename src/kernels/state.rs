@@ -131,6 +131,11 @@ pub trait Summand: Real {
     fn add<S: Isa>(isa: S, sum: &mut Wide<S>, v: Vf<S, Self>);
     /// The total as an unevaluated pair.
     fn total<S: Isa>(sum: Wide<S>) -> Pair;
+    /// The same by a call where it takes much code: for what has many sums, and not a few of them in every row.
+    #[inline(always)]
+    fn total_called<S: Isa>(sum: Wide<S>) -> Pair {
+        Self::total(sum)
+    }
     /// The lanes' sums, rounded to float64, at `dst[j..]`; one lane per column (`LANES` of `Self`).
     fn store_columns<S: Isa>(isa: S, sum: Wide<S>, dst: SpanMut<f64>, j: usize);
     /// Widens a vector to `dst[j..]`.
@@ -190,13 +195,12 @@ impl Summand for f64 {
     #[inline(always)]
     fn total<S: Isa>(sum: Wide<S>) -> Pair {
         let (a, b) = (lanes::<S, Self>(sum.a), lanes::<S, Self>(sum.b));
-        let mut total = Pair::default();
-        for lane in 0..S::F64::LANES {
-            total.add(a[lane]);
-            // An infinite lane has a compensation of NaN.
-            total.lo += if b[lane].is_nan() { 0.0 } else { b[lane] };
-        }
-        total.settle()
+        total(&a[..S::F64::LANES], &b[..S::F64::LANES])
+    }
+    #[inline(always)]
+    fn total_called<S: Isa>(sum: Wide<S>) -> Pair {
+        let (a, b) = (lanes::<S, Self>(sum.a), lanes::<S, Self>(sum.b));
+        total_apart(&a[..S::F64::LANES], &b[..S::F64::LANES])
     }
     #[inline(always)]
     fn store_columns<S: Isa>(isa: S, sum: Wide<S>, dst: SpanMut<f64>, j: usize) {
@@ -217,6 +221,23 @@ impl Summand for f64 {
         sum.a = sum.a * by;
         sum.b = sum.b * by;
     }
+}
+
+#[inline(never)]
+fn total_apart(sums: &[f64], lost: &[f64]) -> Pair {
+    total(sums, lost)
+}
+
+/// Of the parts of a sum in float64, lane by lane.
+#[inline(always)]
+fn total(sums: &[f64], lost: &[f64]) -> Pair {
+    let mut total = Pair::default();
+    for (&sum, &lost) in sums.iter().zip(lost) {
+        total.add(sum);
+        // An infinite lane has a compensation of NaN.
+        total.lo += if lost.is_nan() { 0.0 } else { lost };
+    }
+    total.settle()
 }
 
 /// An unevaluated sum of two float64.

@@ -2,18 +2,21 @@
 //!
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Columns, ColumnsMut, DType, Element, Flags, Offsets, Span, SpanMut, Vf};
+use crate::array::{Columns, ColumnsMut, DType, Flags, Offsets, Span, SpanMut, Vf};
 use crate::kernels::bend::{self, Mask};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
+use crate::kernels::sweep::{self, Carry, Running, Sweep};
 use crate::simd::{Isa, Kernel, Vector};
 
+use super::by_rows::settle;
 use super::few;
-use super::job::{Job, Kind, PROBS, RESULT, X};
+use super::job::{Job, Kind, PROBS, X};
 use super::plan::Path;
 use super::scratch::{Buffer, Buffers, Scratch, Work, room};
 use super::source::{dense_row, flags, row_spread, shared_stream, softcap, unbend_patches};
-use super::strip::{Finish, Strip, Total, collect, ignored, prepare, targets};
+use super::straight::{self, Land, Take};
+use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, targets};
 use super::tiles::LANES;
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
@@ -30,32 +33,28 @@ impl<T: Work> Kernel for Read<'_, T> {
     }
 }
 
-/// From a tile of exponentials or logits to results.
-struct Emit<'s, T> {
-    scale: f64,
-    x: ColumnsMut<'s, T>,
-    width: usize,
-    dense: Dense<'s, T>,
-    tile: &'s Tile,
-    log: bool,
-    stored: bool,
+/// From exponentials or logits to results.
+pub(super) struct Emit<'s, T> {
+    pub(super) carry: Carry<'s, T>,
+    pub(super) dense: Dense<'s, T>,
+    pub(super) tile: &'s Tile,
+    pub(super) log: bool,
+    pub(super) stored: bool,
     /// No product of a and an exponential is larger.
-    most: f64,
-    /// What is read next.
-    next: Option<Origin>,
+    pub(super) most: f64,
 }
 
 impl<T: Work> Kernel for Emit<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        let width = self.width.next_multiple_of(Vf::<S, T>::LANES);
+        let out = self.carry.out;
         if self.log {
-            columns::emit_log(isa, self.scale, self.x, width, self.tile, self.next);
+            sweep::emit_log(isa, self.carry, self.tile);
         } else if self.stored {
-            columns::emit_stored(isa, self.x, width, self.dense, self.tile, self.most);
+            columns::emit_stored(isa, out, out.read().width(), self.dense, self.tile, self.most);
         } else {
-            columns::emit_exp(isa, self.scale, self.x, width, self.dense, self.tile, self.most, self.next);
+            sweep::emit_exp(isa, self.carry, self.dense, self.tile, self.most);
         }
     }
 }
@@ -82,7 +81,7 @@ impl<T: Work> Kernel for Mass<'_, T> {
 }
 
 /// The operands of a strip, block by block.
-struct Operands<'s, 'j, 'a, E, T> {
+struct Operands<'s, 'j, 'a, T> {
     strip: &'s Strip<'j, 'a>,
     stride: usize,
     scaled: bool,
@@ -99,14 +98,13 @@ struct Operands<'s, 'j, 'a, E, T> {
     x_target: Vec<f64>,
     /// Those targets, where there are several blocks.
     by_class: ByClass,
-    element: core::marker::PhantomData<E>,
 }
 
-impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
+impl<T: Work> Operands<'_, '_, '_, T> {
     /// The logits, bent.
     fn x(&mut self, strip: &Strip, x: &mut [T], classes: (usize, usize)) {
         let job = strip.job;
-        strip.fill::<E, T>(job.x, X, job.tile_read, classes, (&mut *x, self.stride), self.offsets, self.flat);
+        strip.fill::<T>(job.x, X, job.tile_read, classes, (&mut *x, self.stride), self.offsets, self.flat);
         if !job.bend.is_some() {
             return;
         }
@@ -145,7 +143,7 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
         if let Some(cap) = job.bend.softcap {
             let mut slope = core::mem::take(self.slope);
             let factors = room(&mut slope, gradient.len());
-            strip.fill::<E, T>(job.x, X, job.tile_read, classes, (&mut *factors, self.stride), self.offsets, self.flat);
+            strip.fill::<T>(job.x, X, job.tile_read, classes, (&mut *factors, self.stride), self.offsets, self.flat);
             self.lines(strip, factors, |factors| softcap(job.level, cap, true, factors));
             bend::multiply(job.level, SpanMut::of(gradient), Span::of(factors));
             *self.slope = slope;
@@ -159,7 +157,7 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
         match job.probs {
             Some(probs) if job.bend.mask.is_none() => {
                 let path = if probs.dtype() == T::DTYPE { job.tile_probs } else { Path::Gathered };
-                strip.fill::<T, T>(probs, PROBS, path, classes, (dense, stride), self.offsets, self.flat);
+                strip.fill::<T>(probs, PROBS, path, classes, (dense, stride), self.offsets, self.flat);
                 if self.scaled {
                     let (keep, spread) = (&self.keep[first..first + count], &self.spread[first..first + count]);
                     job.level.run(Mass { p: ColumnsMut::of(dense, stride, count, stride), width: strip.kept.len(), keep, spread });
@@ -176,7 +174,7 @@ impl<E: Element<Acc = T>, T: Work> Operands<'_, '_, '_, E, T> {
     }
 }
 
-impl<E: Element<Acc = T>, T: Work> Blocks<T> for Operands<'_, '_, '_, E, T> {
+impl<T: Work> Blocks<T> for Operands<'_, '_, '_, T> {
     fn fill(&mut self, x: &mut [T], dense: &mut [T], first: usize, count: usize, from: usize, width: usize) {
         let kept = self.strip.kept;
         let strip = Strip::new(self.strip.job, &kept[from..kept.len().min(from + width)]);
@@ -212,12 +210,23 @@ impl ByClass {
     }
 }
 
-/// Rows `first..last`, in strips; their losses are added to `total`.
-pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
-    let mut kept = [0; WIDTH];
+/// Rows `first..last`, in strips, each by `threads` threads where they can share it; their losses are added to `total`.
+pub(super) fn run<T: Work>(job: &Job, first: usize, last: usize, threads: usize, scratch: &mut Scratch, total: &mut Total) {
+    let (mut long, mut kept) = (Vec::new(), [0; WIDTH]);
     // Whole vectors of any level.
     let width = (ROOM / (size_of::<T>() * job.classes.size.clamp(1, BLOCK)) / LANES * LANES).clamp(LANES, WIDTH);
-    let width = if job.classes.size > BLOCK { WIDTH } else { width };
+    let straight = straight::fits(job);
+    let width = if straight {
+        straight::RUN
+    } else if job.classes.size > BLOCK {
+        WIDTH
+    } else {
+        width
+    };
+    if straight {
+        long.resize(width, 0);
+    }
+    let kept = if straight { &mut long[..] } else { &mut kept };
     let plain = few::all_plain::<T>(job);
     let mut row = first;
     while row < last {
@@ -234,10 +243,12 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
         }
         if n > 0 {
             let rows = Strip::new(job, &kept[..n]);
-            if plain {
-                few::plain_strip::<E, T>(&rows, width, scratch, total);
+            if straight {
+                straight::strip::<T>(&rows, threads, scratch, total);
+            } else if plain {
+                few::plain_strip::<T>(&rows, width, scratch, total);
             } else {
-                strip::<E, T>(&rows, width, scratch, total);
+                strip::<T>(&rows, width, scratch, total);
             }
         }
         if row - start > n {
@@ -247,13 +258,13 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
 }
 
 /// One strip: fills, reduces, finishes, emits.
-pub(super) fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch, total: &mut Total) {
+pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let few = classes <= BLOCK;
     let mut offsets = core::mem::take(&mut scratch.offsets);
     let (tile, buffers, _) = T::buffers(scratch);
-    let Buffers { x, dense, shared, block: flat, slope, .. } = buffers;
+    let Buffers { x, dense, shared, block: flat, slope, running, sums, .. } = buffers;
     shared_stream(job, shared);
     let own = job.own_dense();
     // Scales and offsets of the probabilities, if they are not the target mass themselves.
@@ -275,7 +286,7 @@ pub(super) fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, s
     let x_target = if few { Vec::new() } else { core::mem::take(&mut tile.x_target) };
     let offsets = &mut offsets;
     let spreads = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
-    let mut operands = Operands::<E, T> {
+    let mut operands = Operands::<T> {
         strip,
         stride,
         scaled,
@@ -289,7 +300,6 @@ pub(super) fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, s
         from: 0,
         x_target,
         by_class: if few { ByClass(Vec::new()) } else { ByClass::new(strip) },
-        element: core::marker::PhantomData,
     };
     if few {
         operands.x(strip, x, (0, classes));
@@ -323,11 +333,33 @@ pub(super) fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, s
     let stored = few && job.out.is_some() && job.kind != Kind::LogSoftmax;
     let terms = Terms { stored, plain, ..job.terms };
     let (scale, linear) = (terms.scale, (job.kind == Kind::Loss && terms.dense, own));
-    let blocks = &mut operands;
-    let from =
-        Origin { base: job.x.address(job.rows.offset(X, kept[0])), class: job.classes.inner_stride(X), column: size_of::<E>() as isize };
+    let from = Origin {
+        base: job.x.address(job.rows.offset(X, kept[0])),
+        class: job.classes.inner_stride(X),
+        column: job.x.dtype().size() as isize,
+    };
     let origin = (!few && strip.path(job.tile_read) == Path::Columns).then_some(from);
-    job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks, origin }, tile));
+    let later =
+        |classes: usize| origin.map(|origin| Origin { base: origin.base.wrapping_offset(classes as isize * origin.class), ..origin });
+    let blocks = &mut operands;
+    if few || linear.0 {
+        job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks, origin }, tile));
+    } else {
+        let (parts, [lanes, wide]) = (straight::parts(classes), sweep::room(stride));
+        let (running, sums) = (room(running, parts * lanes), room(sums, parts * wide));
+        for index in 0..parts {
+            let (start, count) = straight::part(classes, index);
+            for first in (start..start + count).step_by(BLOCK) {
+                let count = BLOCK.min(start + count - first);
+                blocks.fill(x, dense, first, count, 0, n);
+                let running = Running { lanes: &mut running[index * lanes..], sums: &mut sums[index * wide..] };
+                let x = Columns::of(x, stride, count, stride);
+                job.level.run(Take(Sweep { scale, x, first: first == start, next: later(first + count), running }));
+            }
+        }
+        let x = Columns::of(x, stride, BLOCK, stride);
+        job.level.run(Land { scale, x, parts, running: Running { lanes: running, sums }, tile });
+    }
     if !few {
         tile.x_target = core::mem::take(&mut operands.x_target);
     }
@@ -337,32 +369,23 @@ pub(super) fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, s
         targets(strip, |slot, j, class| tile.e_target[j * APART + slot] = x[class * stride + slot].to_f64());
     }
     job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
-    for slot in (0..n).filter(|&slot| !losses[slot].is_nan()) {
+    for (slot, &loss) in losses.iter().enumerate().take(n).filter(|(_, loss)| !loss.is_nan()) {
         let class = job.labels.as_ref().map_or(0, |labels| labels.class[kept[slot]].max(0) as usize);
         if job.weights.sample_weight(kept[slot]) == 1.0 && job.weight.get(class).is_none_or(|&w| w == 1.0) {
-            tile.loss[slot] = losses[slot];
+            tile.loss[slot] = loss;
         }
     }
-    // Only adjacent rows are in a strip without being kept.
-    let left_out = !job.weights.all && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row));
+    let left_out = left_out(strip);
     if left_out || classes == 0 && job.kind == Kind::Loss {
-        // The sum over no classes is 0, their logsumexp −inf; and what is left out counts nothing.
-        let nothing = if classes == 0 && job.terms.z_loss != 0.0 { f64::INFINITY } else { 0.0 };
-        for (loss, &row) in tile.loss.iter_mut().zip(kept) {
-            let keep = job.kept(row);
-            if classes == 0 || !keep {
-                *loss = if keep { nothing } else { 0.0 };
-            }
-        }
-    }
-    if let Some(result) = job.result {
-        let values = if job.kind == Kind::Loss { &tile.loss } else { &tile.lse };
-        strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &values[slot..], 1));
+        leave_out(strip, tile);
     }
     if let Some(out) = job.out {
         unbend_patches(job, kept, tile);
-        columns::balance(ColumnsMut::of(x, stride, depth, stride), n, tile, stored);
-        let depth = if few { depth } else { columns::block_of(classes) };
+        columns::balance(stored.then(|| ColumnsMut::of(x, stride, depth, stride)), n, tile);
+        let formulas = room(running, sweep::room(stride)[0]);
+        let log = job.kind == Kind::LogSoftmax;
+        let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
+        let depth = if few || !linear.0 { depth } else { columns::block_of(classes) };
         operands.from = 0;
         for first in (0..classes).step_by(depth) {
             let count = depth.min(classes - first);
@@ -377,11 +400,9 @@ pub(super) fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, s
                 (true, false) => Dense::Shared(Span::of(&shared[first..first + count])),
                 (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
             };
-            let log = job.kind == Kind::LogSoftmax;
-            let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
-            let next = origin.map(|origin| Origin { base: origin.base.wrapping_offset((first + count) as isize * origin.class), ..origin });
             let tiled = ColumnsMut::of(x, stride, count, stride);
-            job.level.run(Emit { scale, x: tiled, width: n, dense: stream, tile, log, stored, most, next });
+            let carry = Carry { scale, x: tiled.read(), out: tiled, stream: false, next: later(first + count), formulas };
+            job.level.run(Emit { carry, dense: stream, tile, log, stored, most });
             if job.bend.is_some() {
                 operands.unbend(strip, x, (first, count));
             }
@@ -393,12 +414,10 @@ pub(super) fn strip<E: Element<Acc = T>, T: Work>(strip: &Strip, width: usize, s
                     (0..count).for_each(|c| x[c * stride + slot] = T::ZERO);
                 }
             }
-            strip.empty::<E, T>(out, (first, count), (x, stride), operands.offsets, operands.flat);
+            strip.empty::<T>(out, (first, count), (x, stride), operands.offsets, operands.flat);
         }
     }
-    if job.kind == Kind::Loss {
-        total.add(job.level, &mut tile.loss, n);
-    }
+    settle(strip, tile, total);
     scratch.offsets = core::mem::take(offsets);
 }
 

@@ -3,7 +3,7 @@
 //! Rows are read where they stand if they are adjacent elements of the type that is computed in, otherwise they are copied to scratch, or block by
 //! block if they are long. Results are written where they belong, or to scratch first.
 
-use crate::array::{DType, Element, HalfRows, Out, Rows, RowsMut, Span, SpanMut};
+use crate::array::{DType, Element, HalfRows, Offsets, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::bend::Product;
 use crate::kernels::copy;
 use crate::kernels::emit::{Emit, From};
@@ -40,7 +40,7 @@ const STREAMED: [usize; 2] = [2 << 10, 6 << 10];
 const LONG: usize = BLOCK + BLOCK / 2;
 
 /// Rows `first..last`; their losses are added to `total`.
-pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
+pub(super) fn run<T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
     let short = job.classes.size <= BLOCK && !job.terms.dense && job.level != Level::Scalar;
     let width = if short && job.out.is_none() {
         MOST_SHORT
@@ -63,10 +63,10 @@ pub(super) fn run<E: Element<Acc = T>, T: Work>(job: &Job, first: usize, last: u
         if n > 0 {
             let strip = Strip::new(job, &kept[..n]);
             if short {
-                short_rows::<E, T>(&strip, scratch, total);
+                short_rows::<T>(&strip, scratch, total);
             } else {
                 let next = (row..last).find(|&row| job.kept(row));
-                long_rows::<E, T>(&strip, next, &mut known, scratch, total);
+                long_rows::<T>(&strip, next, &mut known, scratch, total);
             }
         }
         if row - start > n {
@@ -90,8 +90,8 @@ pub(super) struct Way {
 }
 
 impl Way {
-    pub(super) fn of<E: Element, T: Work>(job: &Job) -> Self {
-        let same = E::DTYPE == T::DTYPE;
+    pub(super) fn of<T: Work>(job: &Job) -> Self {
+        let same = job.x.dtype() == T::DTYPE;
         let store = job.out.is_some() && job.kind != Kind::LogSoftmax;
         // Probabilities may be under False of a mask, where the gradient is 0 all the same.
         let bent = job.bend.softcap.is_some() || job.bend.mask.is_some() && job.probs.is_some();
@@ -101,13 +101,13 @@ impl Way {
 }
 
 /// Rows of one block each.
-fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) {
+fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
     let (tile, Buffers { x: copy, slope, .. }, _) = T::buffers(scratch);
     let plain = prepare(strip, tile);
-    let Way { direct, store, in_result, at_once } = Way::of::<E, T>(job);
+    let Way { direct, store, in_result, at_once } = Way::of::<T>(job);
     let [here, there, local] = &mut offsets;
     let pitch = classes.next_multiple_of(16);
     let local = local.run((pitch * size_of::<T>()) as isize, n, n);
@@ -182,25 +182,21 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
         let emit = Results { job, from, tile, first: 0, past: at_once && !in_result };
         let src = e.map_or(x, RowsMut::read);
         if at_once {
-            emit.write::<E, T>(src, Span::of(&[]), &[], out.rows::<E>(base, rows, classes));
+            emit.write(src, Span::of(&[]), &[], To::Rows(out, base, rows, classes));
         } else {
-            emit.write::<T, T>(src, Span::of(&[]), &[], copied);
+            emit.write(src, Span::of(&[]), &[], To::Scratch(copied));
             for (slot, &row) in kept.iter().enumerate() {
                 let slopes = if capped { &slopes[slot * pitch..][..classes] } else { &[] };
-                unbend_and_write::<E, T>(job, out, row, 0, slopes, &mut copy[slot * pitch..][..classes]);
+                unbend_and_write(job, out, row, 0, slopes, &mut copy[slot * pitch..][..classes]);
             }
         }
         match &job.labels {
             Some(labels) if labels.entries == 1 && job.direct_out => {
-                let result = out.rows::<E>(base, rows, classes);
-                for (slot, (&row, &class)) in kept.iter().zip(target).enumerate() {
-                    if labels.class[row] != NONE {
-                        result.set(slot, class, E::from_f64(tile.patch[slot]));
-                    }
-                }
+                let exact = kept.iter().zip(target).enumerate().filter(|(_, (row, _))| labels.class[**row] != NONE);
+                T::set(To::Rows(out, base, rows, classes), exact.map(|(slot, (_, &class))| (slot, class, tile.patch[slot])));
                 clear(strip, tile, out, at_once);
             }
-            _ => patch::<E>(strip, tile, out, at_once),
+            _ => patch(strip, tile, out, at_once),
         }
     }
     settle(strip, tile, total);
@@ -208,25 +204,19 @@ fn short_rows<E: Element<Acc = T>, T: Work>(strip: &Strip, scratch: &mut Scratch
 }
 
 /// Rows of many blocks, or with a dense stream. `next` is the row after them, whose first maximum goes to `known`.
-fn long_rows<E: Element<Acc = T>, T: Work>(
-    strip: &Strip,
-    next: Option<usize>,
-    known: &mut Known<T>,
-    scratch: &mut Scratch,
-    total: &mut Total,
-) {
+fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
     let blocks = classes.div_ceil(BLOCK);
-    let (tile, Buffers { x: copy, dense, shared, block, slope: slopes, exponentials }, references) = T::buffers(scratch);
+    let (tile, Buffers { x: copy, dense, shared, block, slope: slopes, exponentials, .. }, references) = T::buffers(scratch);
     let plain = prepare(strip, tile);
     let terms = Terms { plain, ..job.terms };
-    let mut way = Way::of::<E, T>(job);
+    let mut way = Way::of::<T>(job);
     // What a softcap did to the logits goes into the exponentials, if the gradient is nothing but those.
     let cap = source::cap::<T>(job, job.out.is_none() || way.store && job.direct_out);
     let folds = cap.is_some() && job.out.is_some();
     if folds {
-        (way.at_once, way.in_result) = (true, E::DTYPE == T::DTYPE);
+        (way.at_once, way.in_result) = (true, job.x.dtype() == T::DTYPE);
     }
     if way.in_result && way.direct && job.stores == Stores::PastAnew && classes >= LONG || !way.in_result && classes * size_of::<T>() > KEPT
     {
@@ -237,7 +227,7 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
     let cap = cap.filter(|_| store || !folds);
     let folds = folds && store;
     let there = job.direct || cap.is_some() && job.there;
-    let direct = there && E::DTYPE == T::DTYPE;
+    let direct = there && job.x.dtype() == T::DTYPE;
     let from = match job.kind {
         Kind::LogSoftmax => From::Logs,
         _ if store => From::Stored,
@@ -263,14 +253,17 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
         Some(_) => adjacent_masked(job, row),
     };
     let half = |row: usize| if job.direct { job.x.half(job.rows.offset(X, row), classes) } else { None };
-    let result = |row: usize| job.out.filter(|_| job.direct_out).map(|out| out.span::<E>(job.rows.offset(OUT, row), classes));
+    let result = |row: usize, start: usize, count: usize| {
+        let at = |out: &Out| job.rows.offset(OUT, row) + (start * out.array().dtype().size()) as isize;
+        job.out.filter(|_| job.direct_out).map(|out| To::Run(out, at(out), count))
+    };
     let exponentials = SpanMut::of(exponentials);
     let stored = |slot: usize| match job.out {
         Some(out) if in_result => out.span::<T>(job.rows.offset(OUT, kept[slot]), classes),
         _ => exponentials.part(slot * classes, classes),
     };
     let past = at_once && !in_result;
-    let segments = segments::segmented::<E, T>(job);
+    let segments = segments::segmented::<T>(job);
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     let mut slopes_at = Vec::new();
     for (slot, &row) in kept.iter().enumerate() {
@@ -360,17 +353,17 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
         };
         if at_once
             && (!terms.dense || !own)
-            && let (Some(src), Some(dst)) = (src, result(row))
+            && let (Some(src), Some(dst)) = (src, result(row, 0, classes))
         {
             let t = if terms.dense && job.kind == Kind::Loss { Span::of(&shared[..classes]) } else { Span::of(&[]) };
-            results.write::<E, T>(Rows::single(src), t, references, RowsMut::single(dst));
+            results.write(Rows::single(src), t, references, dst);
             continue;
         }
         if at_once
             && !terms.dense
-            && let (None, Some(half), Some(dst)) = (src, half(row), result(row))
+            && let (None, Some(half), Some(dst)) = (src, half(row), result(row, 0, classes))
         {
-            results.emit::<E, T>(Rows::single(Span::of(&[])), Some(HalfRows::single(half)), Span::of(&[]), &[], RowsMut::single(dst));
+            T::emit(results, Rows::single(Span::of(&[])), Some(HalfRows::single(half)), Span::of(&[]), &[], dst);
             continue;
         }
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
@@ -392,20 +385,18 @@ fn long_rows<E: Element<Acc = T>, T: Work>(
                 Span::of(&again[..count])
             };
             let references = references.get(index..=index).unwrap_or_default();
-            match result(row) {
-                Some(dst) if at_once => {
-                    results.write::<E, T>(Rows::single(src), t, references, RowsMut::single(dst.part(start, count)));
-                }
+            match result(row, start, count) {
+                Some(dst) if at_once => results.write(Rows::single(src), t, references, dst),
                 _ => {
                     let block = &mut block[..count];
-                    results.write::<T, T>(Rows::single(src), t, references, RowsMut::single(SpanMut::of(block)));
+                    results.write(Rows::single(src), t, references, To::Scratch(RowsMut::single(SpanMut::of(block))));
                     let slopes = if capped { &slopes[slot * classes + start..][..count] } else { &[] };
-                    unbend_and_write::<E, T>(job, out, row, start, slopes, block);
+                    unbend_and_write(job, out, row, start, slopes, block);
                 }
             }
         }
     }
-    patch::<E>(strip, tile, out, at_once);
+    patch(strip, tile, out, at_once);
     settle(strip, tile, total);
 }
 
@@ -421,6 +412,35 @@ fn logit<T: Work>(job: &Job, row: usize, class: usize) -> f64 {
     x[0].to_f64()
 }
 
+/// Where results go.
+#[derive(Clone, Copy)]
+pub(super) enum To<'o, 'a, T> {
+    /// Rows of an array, from a byte offset on.
+    Rows(&'o Out<'a>, isize, &'o Offsets, usize),
+    /// Part of a row of it.
+    Run(&'o Out<'a>, isize, usize),
+    /// Scratch.
+    Scratch(RowsMut<'o, T>),
+}
+
+impl<'o, T: Work> To<'o, '_, T> {
+    pub(super) fn dtype(&self) -> DType {
+        match self {
+            Self::Rows(out, ..) | Self::Run(out, ..) => out.array().dtype(),
+            Self::Scratch(_) => T::DTYPE,
+        }
+    }
+
+    /// Rows of the array, of its type.
+    pub(super) fn rows<E: Element<Acc = T>>(self) -> RowsMut<'o, E> {
+        match self {
+            Self::Rows(out, base, rows, len) => out.rows(base, rows, len),
+            Self::Run(out, offset, len) => RowsMut::single(out.span(offset, len)),
+            Self::Scratch(_) => unreachable!("scratch is of the type that is computed in"),
+        }
+    }
+}
+
 /// What results are made with.
 #[derive(Clone, Copy)]
 pub(super) struct Results<'r, 'j, 'a> {
@@ -434,11 +454,12 @@ pub(super) struct Results<'r, 'j, 'a> {
 }
 
 impl Results<'_, '_, '_> {
-    pub(super) fn write<O: Element<Acc = T>, T: Work>(self, src: Rows<T>, t: Span<T>, references: &[Reference], dst: RowsMut<O>) {
-        self.emit(src, None, t, references, dst);
+    pub(super) fn write<T: Work>(self, src: Rows<T>, t: Span<T>, references: &[Reference], to: To<T>) {
+        T::emit(self, src, None, t, references, to);
     }
 
-    fn emit<O: Element<Acc = T>, T: Work>(
+    /// The same, as elements `O`.
+    pub(super) fn emit<O: Element<Acc = T>, T: Work>(
         self,
         src: Rows<T>,
         half: Option<HalfRows>,
@@ -455,26 +476,27 @@ impl Results<'_, '_, '_> {
 }
 
 /// Finishes a block of gradients in scratch and writes it where it belongs.
-fn unbend_and_write<E: Element<Acc = T>, T: Work>(job: &Job, out: &Out, row: usize, start: usize, slopes: &[T], block: &mut [T]) {
+fn unbend_and_write<T: Work>(job: &Job, out: &Out, row: usize, start: usize, slopes: &[T], block: &mut [T]) {
     let base = job.rows.offset(OUT, row);
-    let direct = job.direct_out.then(|| out.span::<E>(base + (start * size_of::<E>()) as isize, block.len()));
-    if let Some(dst) = direct
-        && job.bend.mask.is_none()
-        && !slopes.is_empty()
-    {
-        return job.level.run(Product { x: Span::of(block), by: Span::of(slopes), dst });
+    let offset = base + (start * out.array().dtype().size()) as isize;
+    if job.direct_out && job.bend.mask.is_none() && !slopes.is_empty() {
+        return T::narrow(job.level, Span::of(block), Span::of(slopes), To::Run(out, offset, block.len()));
     }
     if job.bend.is_some() {
         unbend(job, row, start, slopes, block);
     }
-    if let Some(dst) = direct {
-        job.level.run(Narrow { src: Span::of(block), dst });
+    if job.direct_out {
+        T::narrow(job.level, Span::of(block), Span::of(&[]), To::Run(out, offset, block.len()));
     } else {
         scatter(out, &job.classes, base, start, block, block.len(), 1);
     }
 }
 
-/// To adjacent elements, rounded once.
+/// To adjacent elements, rounded once; multiplied by something, if that is there.
+pub(super) fn narrow<E: Element<Acc = T>, T: Work>(level: Level, x: Span<T>, by: Span<T>, dst: SpanMut<E>) {
+    if by.is_empty() { level.run(Narrow { src: x, dst }) } else { level.run(Product { x, by, dst }) }
+}
+
 struct Narrow<'s, E, T> {
     src: Span<'s, T>,
     dst: SpanMut<'s, E>,
@@ -516,19 +538,14 @@ fn clear(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
 }
 
 /// The exact values at a lone maximum and at the sparse targets.
-pub(super) fn patch<E: Element>(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
+pub(super) fn patch(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
     let Strip { job, kept, .. } = *strip;
     clear(strip, tile, out, at_once);
     if job.kind != Kind::Loss {
         return;
     }
     let set = |slot: usize, class: usize, value: f64| {
-        let base = job.rows.offset(OUT, kept[slot]);
-        if job.direct_out {
-            out.span::<E>(base, job.classes.size).set(class, E::from_f64(value));
-        } else {
-            out.set(base + job.classes.offset(OUT, class), value);
-        }
+        out.set(job.rows.offset(OUT, kept[slot]) + job.classes.offset(OUT, class), value);
     };
     if job.terms.dense {
         (0..kept.len()).filter(|&slot| tile.ties[slot] == 1.0).for_each(|slot| set(slot, tile.arg[slot] as usize, tile.top[slot]));

@@ -1,10 +1,10 @@
 //! Strips in the plain case of few classes, which [`crate::kernels::few`] can do alone: from a tile to results.
 
-use crate::array::{Array, ColumnsMut, DType, Element, Out};
+use crate::array::{Array, ColumnsMut, DType, Out};
 use crate::kernels::columns::{self, BLOCK};
 use crate::kernels::few::{self, Few, Next, Want};
 use crate::kernels::finish::WIDTH;
-use crate::simd::{Isa, Kernel};
+use crate::simd::{Isa, Kernel, Level};
 
 use super::api::Exec;
 use super::by_columns;
@@ -20,6 +20,7 @@ use super::tiles::{LANES, Move};
 pub(super) fn plain<T: Work>(job: &Job) -> bool {
     let Some(labels) = &job.labels else { return false };
     T::DTYPE == DType::F32
+        && job.level != Level::Scalar
         && (1..=BLOCK).contains(&job.classes.size)
         && labels.entries == 1
         && labels.share.is_empty()
@@ -31,7 +32,10 @@ pub(super) fn plain<T: Work>(job: &Job) -> bool {
 pub(super) fn all_plain<T: Work>(job: &Job) -> bool {
     if job.kind != Kind::Loss {
         // A sum with the maximum wants more digits of the logarithm than float32 has.
-        return job.kind != Kind::LogSumExp && T::DTYPE == DType::F32 && (1..=BLOCK).contains(&job.classes.size);
+        return job.kind != Kind::LogSumExp
+            && job.level != Level::Scalar
+            && T::DTYPE == DType::F32
+            && (1..=BLOCK).contains(&job.classes.size);
     }
     plain::<T>(job)
         && job.weight.is_empty()
@@ -90,7 +94,8 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
     let in_order =
         |array: &Array, dtype: DType, strides: &[isize]| array.dtype() == dtype && array.is_plain() && array.strides() == strides;
     let rows = [classes as isize * 4, 4];
-    if !(1..=SMALL).contains(&n)
+    if exec.level == Level::Scalar
+        || !(1..=SMALL).contains(&n)
         || !(2..=columns::MOST).contains(&classes)
         || labels != n
         || !in_order(x, DType::F32, &rows)
@@ -107,7 +112,7 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
     target.iter_mut().zip(&class).for_each(|(target, &class)| *target = class as f32);
     let mut scratch = SCRATCH.take().unwrap_or_default();
     let Scratch { tile, single, offsets, .. } = &mut *scratch;
-    tile.reserve(0);
+    tile.reserve(n, 0);
     let stride = n.next_multiple_of(LANES);
     let logits = room(&mut single.x, classes * stride);
     let tiled = ColumnsMut::of(logits, stride, classes, stride);
@@ -147,15 +152,15 @@ pub(super) fn losses<T: Work>(strip: &Strip, x: ColumnsMut<T>, flat: &mut Buffer
 }
 
 /// One strip in the plain case.
-pub(super) fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: usize, scratch: &mut Scratch, total: &mut Total) {
+pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
     let (tile, Buffers { x, block: flat, .. }, _) = T::buffers(scratch);
-    tile.reserve(1);
+    tile.reserve(n, 1);
     let mut x = core::mem::take(x);
     let logits = room(&mut x, classes * stride);
-    strip.fill::<E, T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
+    strip.fill::<T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
     let (target, lanes) = room(flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
     if job.labels.is_some() {
         job.level.run(Numbers::of(strip, target));
@@ -168,7 +173,7 @@ pub(super) fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: u
     let tiled = ColumnsMut::of(logits, stride, classes, stride);
     let mut next = Next::NONE;
     if strip.path(job.tile_read) == Path::Columns {
-        let bytes = n * size_of::<E>();
+        let bytes = n * job.x.dtype().size();
         let at = job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes);
         next = Next { at, bytes, class: job.classes.inner_stride(X), classes };
     }
@@ -186,7 +191,7 @@ pub(super) fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: u
         let nan: Vec<bool> = loss.iter().map(|loss| loss.is_nan()).collect();
         for slot in (0..n).filter(|&slot| nan[slot]) {
             let mut one = Total::default();
-            by_columns::strip::<E, T>(&Strip::new(job, &kept[slot..=slot]), stride, scratch, &mut one);
+            by_columns::strip::<T>(&Strip::new(job, &kept[slot..=slot]), stride, scratch, &mut one);
             loss[slot] = one.value().value();
             if let Some(out) = job.out {
                 gather(out.array(), OUT, &job.classes, job.rows.offset(OUT, kept[slot]), 0, &mut logits[slot..], classes, stride);
@@ -199,7 +204,7 @@ pub(super) fn plain_strip<E: Element<Acc = T>, T: Work>(strip: &Strip, stride: u
         strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &tile.loss[slot..], 1));
     }
     if let Some(out) = job.out {
-        strip.empty::<E, T>(out, (0, classes), (logits, stride), &mut offsets, flat);
+        strip.empty::<T>(out, (0, classes), (logits, stride), &mut offsets, flat);
     }
     *kept_x = x;
     total.add(job.level, &mut tile.loss, n);

@@ -16,8 +16,7 @@ use super::scratch::SCRATCH;
 use super::source::Bend;
 use super::strip::Total;
 use super::targets::{Labels, RowWeights, filled, row_shape};
-use super::with_element;
-use super::{by_columns, by_rows, segments};
+use super::{by_columns, by_rows, segments, straight};
 
 /// Elements per task: enough to be worth handing to another thread, and a function of the shape alone, so that the bits do not depend on the threads.
 pub(super) const TASK: usize = 1 << 15;
@@ -236,9 +235,14 @@ impl<'a> Job<'a> {
         })
     }
 
+    /// Rows per task.
+    fn per_task(&self) -> usize {
+        if straight::fits(self) { straight::rows_per_task(self.rows.size, self.classes.size) } else { self.rows_per_task }
+    }
+
     /// Tasks that the rows are cut into.
     fn tasks(&self) -> usize {
-        self.rows.size.div_ceil(self.rows_per_task)
+        self.rows.size.div_ceil(self.per_task())
     }
 
     /// Whether the work is shared among threads.
@@ -246,12 +250,15 @@ impl<'a> Job<'a> {
         exec.threads > 1 && (self.tasks() > 1 && self.rows.size * self.classes.size >= 2 * TASK || self.split(exec))
     }
 
-    /// Whether threads share a row: where there are fewer of those.
+    /// Whether threads share a row: where there are fewer of those, or of the strips of columns.
     fn split(&self, exec: &Exec) -> bool {
+        if straight::fits(self) {
+            return (1..exec.threads).contains(&self.tasks()) && straight::parts(self.classes.size) > 1;
+        }
         (1..exec.threads).contains(&self.rows.size)
             && match self.x.dtype() {
-                DType::F32 => segments::segmented::<f32, f32>(self),
-                DType::F64 => segments::segmented::<f64, f64>(self),
+                DType::F32 => segments::segmented::<f32>(self),
+                DType::F64 => segments::segmented::<f64>(self),
                 _ => false,
             }
     }
@@ -259,32 +266,33 @@ impl<'a> Job<'a> {
     /// Runs over all rows and returns the sum of the row results.
     pub(super) fn run(&self, exec: &Exec) -> Result<f64, Error> {
         let tasks = self.tasks();
+        let (per_task, split) = (self.per_task(), self.split(exec));
         let work = |task: usize| -> Result<Pair, Error> {
-            let first = task * self.rows_per_task;
-            let last = self.rows.size.min(first + self.rows_per_task);
+            let first = task * per_task;
+            let last = self.rows.size.min(first + per_task);
             let mut scratch = SCRATCH.take().unwrap_or_default();
             let mut sum = Total::default();
-            with_element!(self.x.dtype(), E => {
-                if self.by_rows {
-                    by_rows::run::<E, _>(self, first, last, &mut scratch, &mut sum);
-                } else {
-                    by_columns::run::<E, _>(self, first, last, &mut scratch, &mut sum);
-                }
-            });
+            let threads = if split { exec.threads } else { 1 };
+            match (self.by_rows, self.x.dtype()) {
+                (true, DType::F64) => by_rows::run::<f64>(self, first, last, &mut scratch, &mut sum),
+                (true, _) => by_rows::run::<f32>(self, first, last, &mut scratch, &mut sum),
+                (false, DType::F64) => by_columns::run::<f64>(self, first, last, threads, &mut scratch, &mut sum),
+                (false, _) => by_columns::run::<f32>(self, first, last, threads, &mut scratch, &mut sum),
+            }
             SCRATCH.set(Some(scratch));
             Ok(sum.value())
         };
         let mut total = Pair::default();
-        if self.split(exec) {
+        if split && self.by_rows {
             let (mut scratch, mut sum) = (SCRATCH.take().unwrap_or_default(), Total::default());
             match self.x.dtype() {
-                DType::F64 => segments::split::<f64, _>(self, exec.threads, &mut scratch, &mut sum),
-                _ => segments::split::<f32, _>(self, exec.threads, &mut scratch, &mut sum),
+                DType::F64 => segments::split::<f64>(self, exec.threads, &mut scratch, &mut sum),
+                _ => segments::split::<f32>(self, exec.threads, &mut scratch, &mut sum),
             }
             SCRATCH.set(Some(scratch));
             return Ok(sum.value().value());
         }
-        if !self.shared(exec) {
+        if split || !self.shared(exec) {
             for task in 0..tasks {
                 total.merge(work(task)?);
             }

@@ -16,6 +16,7 @@ mod score;
 mod scratch;
 mod segments;
 mod source;
+mod straight;
 mod strip;
 mod targets;
 mod tiles;

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use crate::array::{DType, Element, Rows, RowsMut, Span, SpanMut};
+use crate::array::{DType, Rows, Span, SpanMut};
 use crate::kernels::emit::From;
 use crate::kernels::finish::Terms;
 use crate::kernels::input::{Input, Known};
@@ -10,7 +10,7 @@ use crate::kernels::rows::{BLOCK, Reduce, Wanted};
 use crate::kernels::state::{Reference, State};
 use crate::threads;
 
-use super::by_rows::{Results, Way, patch, put, settle};
+use super::by_rows::{Results, To, Way, patch, put, settle};
 use super::job::{Job, Kind, OUT, Stores, X};
 use super::scratch::{Scratch, Work};
 use super::strip::{Finish, Strip, Total, ignored, prepare};
@@ -19,10 +19,10 @@ use super::strip::{Finish, Strip, Total, ignored, prepare};
 const SEGMENT: usize = 64 * BLOCK;
 
 /// Whether rows are reduced a segment at a time.
-pub(super) fn segmented<E: Element, T: Work>(job: &Job) -> bool {
+pub(super) fn segmented<T: Work>(job: &Job) -> bool {
     job.by_rows
         && job.direct
-        && E::DTYPE == T::DTYPE
+        && job.x.dtype() == T::DTYPE
         && !job.terms.dense
         && job.terms.entries <= 1
         && job.out.is_none_or(|_| job.direct_out)
@@ -88,9 +88,9 @@ pub(super) fn reduce<T: Work>(
 }
 
 /// Rows by several threads each. Their losses are added to `total`.
-pub(super) fn split<E: Element<Acc = T>, T: Work>(job: &Job, threads: usize, scratch: &mut Scratch, total: &mut Total) {
+pub(super) fn split<T: Work>(job: &Job, threads: usize, scratch: &mut Scratch, total: &mut Total) {
     let classes = job.classes.size;
-    let Way { store, at_once, .. } = Way::of::<E, T>(job);
+    let Way { store, at_once, .. } = Way::of::<T>(job);
     let store = store && job.stores != Stores::PastAnew;
     let from = match job.kind {
         Kind::LogSoftmax => From::Logs,
@@ -135,11 +135,11 @@ pub(super) fn split<E: Element<Acc = T>, T: Work>(job: &Job, threads: usize, scr
                 let (start, n) = part(classes, index);
                 let src = if store { out().map_or(x(), SpanMut::read) } else { x() };
                 let references = if store { &parts[index].1[..n.div_ceil(BLOCK)] } else { &[] };
-                let dst = results.span::<E>(job.rows.offset(OUT, row), classes).part(start, n);
+                let offset = job.rows.offset(OUT, row) + (start * size_of::<T>()) as isize;
                 let emit = Results { job, from, tile: shared, first: 0, past: at_once && !store };
-                emit.write::<E, T>(Rows::single(src.part(start, n)), Span::of(&[]), references, RowsMut::single(dst));
+                emit.write(Rows::single(src.part(start, n)), Span::of(&[]), references, To::Run(results, offset, n));
             });
-            patch::<E>(&strip, tile, results, at_once);
+            patch(&strip, tile, results, at_once);
         }
         settle(&strip, tile, total);
     }

@@ -1,11 +1,12 @@
 //! Rows that are finished together: what [`super::by_rows`] and [`super::by_columns`] have in common.
 
 use crate::array::{Offsets, Span, SpanMut};
-use crate::kernels::finish::{APART, Plain, Terms, Tile, WIDTH, finish};
+use crate::kernels::finish::{APART, Plain, Terms, Tile, finish};
 use crate::kernels::state::{Pair, Summand, Wide};
 use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::job::{Job, Kind, OUT, RESULT, UPSTREAM};
+use super::plan::Path;
 use super::source::row_spread;
 use super::targets::NONE;
 
@@ -180,6 +181,25 @@ pub(super) fn ignored(job: &Job, start: usize, end: usize, kept: &[usize]) {
     }
 }
 
+/// Whether there are rows in a strip that are not kept: only adjacent ones are carried along.
+pub(super) fn left_out(strip: &Strip) -> bool {
+    let Strip { job, kept, .. } = *strip;
+    !job.weights.all && job.tile_read == Path::Columns && kept.iter().any(|&row| !job.kept(row))
+}
+
+/// The losses of those, and of rows without classes.
+pub(super) fn leave_out(strip: &Strip, tile: &mut Tile) {
+    let Strip { job, kept, .. } = *strip;
+    // The sum over no classes is 0, their logsumexp −inf; and what is left out counts nothing.
+    let nothing = if job.classes.size == 0 && job.terms.z_loss != 0.0 { f64::INFINITY } else { 0.0 };
+    for (loss, &row) in tile.loss.iter_mut().zip(kept) {
+        let keep = job.kept(row);
+        if job.classes.size == 0 || !keep {
+            *loss = if keep { nothing } else { 0.0 };
+        }
+    }
+}
+
 /// Calls `with(slot, entry, class)` for every sparse target of a strip.
 #[inline(always)]
 pub(super) fn targets(strip: &Strip, mut with: impl FnMut(usize, usize, usize)) {
@@ -197,7 +217,7 @@ pub(super) fn targets(strip: &Strip, mut with: impl FnMut(usize, usize, usize)) 
 pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
     let Strip { job, kept, .. } = *strip;
     let (n, entries) = (kept.len(), job.terms.entries);
-    tile.reserve(entries);
+    tile.reserve(n, entries);
     if job.kind != Kind::Loss {
         return None;
     }
@@ -214,7 +234,7 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
         }
     }
     if let Some(upstream) = job.upstream {
-        let mut values = [0.0; WIDTH];
+        let values = &mut tile.lse;
         strip.runs(UPSTREAM, |offset, stride, slot, n| upstream.read(offset, stride, n, &mut values[slot..], 1));
         tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
     }

@@ -23,8 +23,29 @@ impl Strip<'_, '_> {
         if path == Path::Columns && !self.run { Path::Gathered } else { path }
     }
 
-    /// Fills a tile with `count` classes from `first` on of an operand with elements `E`.
-    pub(super) fn fill<E: Element<Acc = T>, T: Work>(
+    /// Whether results in columns are written past the caches.
+    pub(super) fn streams(&self) -> bool {
+        let job = self.job;
+        // In place the lines are in the cache already.
+        !job.in_place && job.rows.size * job.classes.size * job.x.dtype().size() >= tunables().stream_columns_from
+    }
+
+    /// Fills a tile with `count` classes from `first` on of an operand.
+    pub(super) fn fill<T: Work>(
+        &self,
+        array: &Array,
+        operand: usize,
+        path: Path,
+        classes: (usize, usize),
+        tile: (&mut [T], usize),
+        offsets: &mut [Offsets; 3],
+        flat: &mut Buffer<T>,
+    ) {
+        T::fill(self, array, operand, path, classes, tile, offsets, flat);
+    }
+
+    /// The same of elements `E`.
+    pub(super) fn fill_of<E: Element<Acc = T>, T: Work>(
         &self,
         array: &Array,
         operand: usize,
@@ -76,7 +97,19 @@ impl Strip<'_, '_> {
     }
 
     /// Writes `count` classes from `first` on of the result from a tile.
-    pub(super) fn empty<E: Element<Acc = T>, T: Work>(
+    pub(super) fn empty<T: Work>(
+        &self,
+        out: &Out,
+        classes: (usize, usize),
+        tile: (&[T], usize),
+        offsets: &mut [Offsets; 3],
+        flat: &mut Buffer<T>,
+    ) {
+        T::empty(self, out, classes, tile, offsets, flat);
+    }
+
+    /// The same of elements `E`.
+    pub(super) fn empty_of<E: Element<Acc = T>, T: Work>(
         &self,
         out: &Out,
         (first, count): (usize, usize),
@@ -91,9 +124,7 @@ impl Strip<'_, '_> {
         match self.path(job.tile_write) {
             Path::Columns => {
                 let dst = out.columns::<E>(job.rows.offset(OUT, self.kept[0]) + first as isize * step, step, count, n);
-                // In place the lines are in the cache already.
-                let stream = !job.in_place && job.rows.size * job.classes.size * size >= tunables().stream_columns_from;
-                job.level.run(Move::Out(source, dst, stream));
+                job.level.run(Move::Out(source, dst, self.streams()));
             }
             Path::Rows if count == 2 && self.adjacent(OUT, count, size) => {
                 let dst = out.span::<E>(job.rows.offset(OUT, self.kept[0]), 2 * n);

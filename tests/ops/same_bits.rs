@@ -211,3 +211,106 @@ fn a_row_of_several_segments_is_the_same_however_it_is_shared() {
         }
     }
 }
+
+/// The rows of an array side by side: class by class.
+fn side_by_side(rows: &[&[f64]]) -> Vec<f64> {
+    (0..rows[0].len()).flat_map(|c| rows.iter().map(move |row| row[c])).collect()
+}
+
+fn same(a: &[f64], b: &[f64]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan())
+}
+
+#[test]
+fn columns_of_several_parts_are_the_same_however_they_are_shared() {
+    let classes = 2 * 8192 + 5000;
+    for level in levels() {
+        for dtype in [DType::F32, DType::F64] {
+            let mut random = Random(8);
+            let plain: Vec<f64> = (0..classes).map(|_| (random.uniform() * 64.0).round() / 8.0 - 40.0).collect();
+            // Where the maximum is, and what else there is; a maximum that outgrows what came before again and again, on the grid and off it.
+            let changes: [(&str, &[(usize, f64)]); 10] = [
+                ("first", &[(3, 9.0)]),
+                ("last", &[(classes - 1, 9.0)]),
+                ("tie", &[(7000, 9.0), (17_000, 9.0)]),
+                ("far apart", &[(5, 9.0), (9000, 0.0), (20_000, -3.0)]),
+                ("nan", &[(3, 9.0), (17_000, f64::NAN)]),
+                ("inf", &[(9000, f64::INFINITY), (9001, f64::INFINITY)]),
+                ("inf twice", &[(9000, f64::INFINITY), (17_001, f64::INFINITY)]),
+                ("empty", &[(17_000, 9.0)]),
+                ("rising", &[(100, 20.0), (200, 90.0), (8200, 200.0), (8300, 270.0), (17_000, 269.5)]),
+                ("off the grid", &[(100, 3e5), (200, 3e5 + 100.0), (8200, 6e5), (17_000, 6e5 - 0.5)]),
+            ];
+            let rows: Vec<Vec<f64>> = changes
+                .iter()
+                .map(|(name, changes)| {
+                    let mut row = plain.clone();
+                    changes.iter().for_each(|&(class, x)| row[class] = x);
+                    if *name == "empty" {
+                        row[..16_384].fill(f64::NEG_INFINITY);
+                    }
+                    row
+                })
+                .collect();
+            let labels = [3, 3, 17_000, 20_000, 3, 9000, 9000, 17_001, 17_000, 17_000];
+            let options = LossOptions::default();
+            let run = |threads: usize, rows: &[&[f64]], labels: &[i128]| {
+                simple(&Exec { level, threads }, dtype, &[classes, rows.len()], 0, &side_by_side(rows), labels, &options)
+            };
+            let all: Vec<&[f64]> = rows.iter().map(Vec::as_slice).collect();
+            let (losses, gradients) = run(1, &all, &labels);
+            for (i, (name, _)) in changes.iter().enumerate() {
+                // Beside another: alone it would be a run of memory.
+                for threads in [1, 2, 5] {
+                    let (loss, gradient) = run(threads, &[&rows[i], &plain], &[labels[i], 0]);
+                    assert!(same(&loss[..1], &losses[i..=i]), "loss of {name} with {threads} threads at {level:?}");
+                    let alone: Vec<f64> = gradient.iter().copied().step_by(2).collect();
+                    let batch: Vec<f64> = gradients.iter().copied().skip(i).step_by(rows.len()).collect();
+                    assert!(same(&alone, &batch), "gradient of {name} with {threads} threads at {level:?}");
+                }
+                let row = &rows[i];
+                let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let want = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln() - row[labels[i] as usize];
+                let bad = name.starts_with("nan") || name.starts_with("inf");
+                assert!(
+                    if bad { losses[i].is_nan() } else { (losses[i] - want).abs() <= 1e-6 * (1.0 + want.abs()) },
+                    "{name} at {level:?}: {} beside {want}",
+                    losses[i]
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn long_runs_of_columns_are_what_short_ones_are() {
+    let (classes, n) = (83, 2100);
+    for level in levels() {
+        for dtype in FLOATS {
+            let mut random = Random(9);
+            let rows: Vec<Vec<f64>> =
+                (0..n).map(|_| (0..classes).map(|_| (random.uniform() * 256.0).round() / 8.0 - 20.0).collect()).collect();
+            let labels: Vec<i128> = (0..n).map(|r| (r * 7 % classes) as i128).collect();
+            // Some rows count nothing, in every other run.
+            let options = LossOptions { ignore_index: Some(77), ..LossOptions::default() };
+            let run = |threads: usize, from: usize, to: usize| {
+                let rows: Vec<&[f64]> = rows[from..to].iter().map(Vec::as_slice).collect();
+                simple(&Exec { level, threads }, dtype, &[classes, to - from], 0, &side_by_side(&rows), &labels[from..to], &options)
+            };
+            let (losses, gradients) = run(1, 0, n);
+            let (shared_losses, shared_gradients) = run(3, 0, n);
+            assert!(same(&losses, &shared_losses) && same(&gradients, &shared_gradients), "threads, {dtype:?} at {level:?}");
+            let mut from = 0;
+            while from < n {
+                let to = n.min(from + 2 + from % 61);
+                let (loss, gradient) = run(1, from, to);
+                assert!(same(&loss, &losses[from..to]), "losses from {from}, {dtype:?} at {level:?}");
+                for c in 0..classes {
+                    let (a, b) = (&gradient[c * (to - from)..][..to - from], &gradients[c * n + from..][..to - from]);
+                    assert!(same(a, b), "gradients of class {c} from {from}, {dtype:?} at {level:?}");
+                }
+                from = to;
+            }
+        }
+    }
+}
