@@ -253,6 +253,8 @@ fn main() {
     for (shape, axis) in [(&[65536, 10][..], 1), (&[65536, 100], 1), (&[8192, 1000], 1), (&[1024, 32000], 1), (&[4, 21, 256, 256], 1)] {
         bench_case::<f32>(&mut c, shape, axis);
     }
+    // Fortran order.
+    bench_case::<f32>(&mut c, &[1000, 8192], 0);
     bench_case::<bf16>(&mut c, &[1024, 32000], 1);
     bench_case::<f16>(&mut c, &[1024, 32000], 1);
     bench_case::<f64>(&mut c, &[1024, 32000], 1);

@@ -28,6 +28,7 @@ CASES = [
     ),
     *(f"{operation} {shape} float32" for shape in ("8192x10", "8192x2", "1x10") for operation in ("loss", "gradient")),
     *(f"{operation} 64x32000 {dtype}" for dtype in ("bfloat16", "float16", "float64") for operation in ("loss", "gradient")),
+    *(f"{operation} 1100x500F {dtype}" for dtype in ("float32", "float16", "float64") for operation in ("loss", "gradient")),
 ]
 
 
