@@ -53,13 +53,8 @@ impl<'a, E: Element> Columns<'a, E> {
     /// Class `c` of the columns from `j` on.
     #[inline(always)]
     pub fn load<S: Isa>(self, isa: S, c: usize, j: usize) -> Vf<S, E::Acc> {
-        assert!(c < self.classes && j < self.width);
-        let left = self.width - j;
-        // SAFETY: in bounds; valid for reads.
-        unsafe {
-            let ptr = self.ptr.offset(c as isize * self.stride).add(j);
-            if left >= <Vf<S, E::Acc> as Vector>::LANES { E::load(isa, ptr) } else { E::load_partial(isa, ptr, left, E::from_f64(0.0)) }
-        }
+        assert!(j < self.width);
+        self.load_some(isa, c, (j, <Vf<S, E::Acc> as Vector>::LANES.min(self.width - j)))
     }
 
     /// `N` classes from `c` on of the `n` columns from `j` on, to be loaded whole: a copy where there are less, in which the others are `fill`.
@@ -220,7 +215,7 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
         unsafe { E::store(isa, v, self.0.ptr.cast_mut().offset(c as isize * self.0.stride).add(j)) }
     }
 
-    /// Stores class `c` of the `n` columns from `j` on; past the caches, with `stream`, where that is a whole aligned vector.
+    /// Stores class `c` of the `n` columns from `j` on, rounded once; past the caches, with `stream`, where that is a whole aligned vector of the type.
     #[inline(always)]
     pub fn put<S: Isa>(self, isa: S, c: usize, (j, n): (usize, usize), stream: bool, v: Vf<S, E::Acc>) {
         let to = self.0;
@@ -231,7 +226,7 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
             let ptr = to.ptr.cast_mut().offset(c as isize * to.stride).add(j);
             if n < lanes {
                 E::store_partial(isa, v, ptr, n);
-            } else if stream && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
+            } else if stream && E::DTYPE == E::Acc::DTYPE && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
                 E::stream(isa, v, ptr);
             } else {
                 E::store(isa, v, ptr);
@@ -248,7 +243,7 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
         // SAFETY: in bounds; valid for writes; what is written past the caches is aligned.
         unsafe {
             let ptr = to.ptr.cast_mut().offset(c as isize * to.stride).add(j);
-            if stream && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
+            if stream && E::DTYPE == E::Acc::DTYPE && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
                 E::stream(isa, v[0], ptr);
                 E::stream(isa, v[1], ptr.add(lanes));
                 E::stream(isa, v[2], ptr.add(2 * lanes));
@@ -262,32 +257,11 @@ impl<'a, E: Element> ColumnsMut<'a, E> {
         }
     }
 
-    /// As [`ColumnsMut::store`], past the caches where whole aligned vectors of the type allow it.
+    /// Stores class `c` of the columns from `j` on, rounded once; `stream` as in [`ColumnsMut::put`].
     #[inline(always)]
-    pub fn stream<S: Isa>(self, isa: S, c: usize, j: usize, v: Vf<S, E::Acc>) {
-        let to = self.0;
-        assert!(c < to.classes && j < to.width);
-        let lanes = <Vf<S, E::Acc> as Vector>::LANES;
-        let ptr = to.ptr.cast_mut().wrapping_offset(c as isize * to.stride).wrapping_add(j);
-        if E::DTYPE == E::Acc::DTYPE && to.width - j >= lanes && (ptr as usize).is_multiple_of(lanes * size_of::<E>()) {
-            // SAFETY: in bounds and aligned; valid for writes; the element is the lane type.
-            unsafe { v.stream(ptr.cast()) }
-        } else {
-            self.store(isa, c, j, v);
-        }
-    }
-
-    /// Stores class `c` of the columns from `j` on, rounded once.
-    #[inline(always)]
-    pub fn store<S: Isa>(self, isa: S, c: usize, j: usize, v: Vf<S, E::Acc>) {
-        let to = self.0;
-        assert!(c < to.classes && j < to.width);
-        let left = to.width - j;
-        // SAFETY: in bounds; valid for writes.
-        unsafe {
-            let ptr = to.ptr.cast_mut().offset(c as isize * to.stride).add(j);
-            if left >= <Vf<S, E::Acc> as Vector>::LANES { E::store(isa, v, ptr) } else { E::store_partial(isa, v, ptr, left) }
-        }
+    pub fn store<S: Isa>(self, isa: S, c: usize, j: usize, stream: bool, v: Vf<S, E::Acc>) {
+        assert!(j < self.0.width);
+        self.put(isa, c, (j, <Vf<S, E::Acc> as Vector>::LANES.min(self.0.width - j)), stream, v);
     }
 }
 

@@ -46,9 +46,7 @@ impl Origin {
             isa.prefetch(self.base.wrapping_offset(c as isize * self.class).wrapping_offset(j as isize * self.column));
         }
     }
-}
 
-impl Origin {
     /// Asks for four vectors of class `c` from column `j` on.
     #[inline(always)]
     pub(super) fn ask_four<S: Isa, T: Float>(self, isa: S, c: usize, j: usize) {

@@ -21,12 +21,7 @@ pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, t
 pub fn copy_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>, dst: ColumnsMut<E>, stream: bool) {
     for c in 0..dst.read().classes() {
         for j in (0..dst.read().width()).step_by(Vf::<S, T>::LANES) {
-            let v = tile.load_whole(isa, c, j);
-            if stream {
-                dst.stream(isa, c, j, v);
-            } else {
-                dst.store(isa, c, j, v);
-            }
+            dst.store(isa, c, j, stream, tile.load_whole(isa, c, j));
         }
     }
     if stream {

@@ -162,10 +162,10 @@ impl Ahead {
     fn ask<S: Isa>(&mut self, isa: S) {
         // As a rule two or four.
         for line in (0..self.lines).step_by(2) {
-            isa.prefetch((self.at + 64 * line) as *const u8);
-            isa.prefetch((self.at + 64 * line + 64) as *const u8);
+            isa.prefetch(self.at.wrapping_add(64 * line) as *const u8);
+            isa.prefetch(self.at.wrapping_add(64 * line + 64) as *const u8);
         }
-        self.at += 64 * self.lines;
+        self.at = self.at.wrapping_add(64 * self.lines);
         if self.at >= self.end {
             // A little beyond the end was asked for: no more than that is missing elsewhere.
             self.at = self.end.wrapping_add(self.jump);

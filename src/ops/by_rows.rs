@@ -16,7 +16,7 @@ use crate::simd::{Isa, Kernel, Level};
 use crate::tunables::tunables;
 
 use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
-use super::scratch::{Buffers, Scratch, Work, room};
+use super::scratch::{Buffers, OfType, Scratch, Work, room};
 use super::segments;
 use super::source::{
     self, adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, target_slopes, unbend, unbend_patches,
@@ -193,7 +193,8 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
         match &job.labels {
             Some(labels) if labels.entries == 1 && job.direct_out => {
                 let exact = kept.iter().zip(target).enumerate().filter(|(_, (row, _))| labels.class[**row] != NONE);
-                T::set(To::Rows(out, base, rows, classes), exact.map(|(slot, (_, &class))| (slot, class, tile.patch[slot])));
+                let values = exact.map(|(slot, (_, &class))| (slot, class, tile.patch[slot]));
+                T::of_type(out.array().dtype(), Set { to: To::Rows(out, base, rows, classes), values });
                 clear(strip, tile, out, at_once);
             }
             _ => patch(strip, tile, out, at_once),
@@ -363,7 +364,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             && !terms.dense
             && let (None, Some(half), Some(dst)) = (src, half(row), result(row, 0, classes))
         {
-            T::emit(results, Rows::single(Span::of(&[])), Some(HalfRows::single(half)), Span::of(&[]), &[], dst);
+            results.read::<T>(Rows::single(Span::of(&[])), Some(HalfRows::single(half)), Span::of(&[]), &[], dst);
             continue;
         }
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
@@ -424,13 +425,6 @@ pub(super) enum To<'o, 'a, T> {
 }
 
 impl<'o, T: Work> To<'o, '_, T> {
-    pub(super) fn dtype(&self) -> DType {
-        match self {
-            Self::Rows(out, ..) | Self::Run(out, ..) => out.array().dtype(),
-            Self::Scratch(_) => T::DTYPE,
-        }
-    }
-
     /// Rows of the array, of its type.
     pub(super) fn rows<E: Element<Acc = T>>(self) -> RowsMut<'o, E> {
         match self {
@@ -438,6 +432,35 @@ impl<'o, T: Work> To<'o, '_, T> {
             Self::Run(out, offset, len) => RowsMut::single(out.span(offset, len)),
             Self::Scratch(_) => unreachable!("scratch is of the type that is computed in"),
         }
+    }
+}
+
+/// Rows of results of one type.
+struct Write<'s, 'r, 'j, 'a, 'b, T> {
+    results: Results<'r, 'j, 'a>,
+    src: Rows<'s, T>,
+    half: Option<HalfRows<'s>>,
+    t: Span<'s, T>,
+    references: &'s [Reference],
+    to: To<'s, 'b, T>,
+}
+
+impl<T: Work> OfType<T> for Write<'_, '_, '_, '_, '_, T> {
+    fn run<E: Element<Acc = T>>(self) {
+        self.results.emit(self.src, self.half, self.t, self.references, self.to.rows::<E>());
+    }
+}
+
+/// Elements of rows of results: row, class and value.
+struct Set<'s, 'b, T, I> {
+    to: To<'s, 'b, T>,
+    values: I,
+}
+
+impl<T: Work, I: Iterator<Item = (usize, usize, f64)>> OfType<T> for Set<'_, '_, T, I> {
+    fn run<E: Element<Acc = T>>(self) {
+        let rows = self.to.rows::<E>();
+        self.values.for_each(|(row, class, value)| rows.set(row, class, E::from_f64(value)));
     }
 }
 
@@ -455,11 +478,18 @@ pub(super) struct Results<'r, 'j, 'a> {
 
 impl Results<'_, '_, '_> {
     pub(super) fn write<T: Work>(self, src: Rows<T>, t: Span<T>, references: &[Reference], to: To<T>) {
-        T::emit(self, src, None, t, references, to);
+        self.read(src, None, t, references, to);
     }
 
-    /// The same, as elements `O`.
-    pub(super) fn emit<O: Element<Acc = T>, T: Work>(
+    /// The same, of halves as they are if there are some.
+    fn read<T: Work>(self, src: Rows<T>, half: Option<HalfRows>, t: Span<T>, references: &[Reference], to: To<T>) {
+        match to {
+            To::Scratch(dst) => self.emit(src, half, t, references, dst),
+            To::Rows(out, ..) | To::Run(out, ..) => T::of_type(out.array().dtype(), Write { results: self, src, half, t, references, to }),
+        }
+    }
+
+    fn emit<O: Element<Acc = T>, T: Work>(
         self,
         src: Rows<T>,
         half: Option<HalfRows>,
@@ -479,22 +509,35 @@ impl Results<'_, '_, '_> {
 fn unbend_and_write<T: Work>(job: &Job, out: &Out, row: usize, start: usize, slopes: &[T], block: &mut [T]) {
     let base = job.rows.offset(OUT, row);
     let offset = base + (start * out.array().dtype().size()) as isize;
+    let to = To::Run(out, offset, block.len());
+    let straight = |x, by| T::of_type(out.array().dtype(), Run { level: job.level, x, by, to });
     if job.direct_out && job.bend.mask.is_none() && !slopes.is_empty() {
-        return T::narrow(job.level, Span::of(block), Span::of(slopes), To::Run(out, offset, block.len()));
+        return straight(Span::of(block), Span::of(slopes));
     }
     if job.bend.is_some() {
         unbend(job, row, start, slopes, block);
     }
     if job.direct_out {
-        T::narrow(job.level, Span::of(block), Span::of(&[]), To::Run(out, offset, block.len()));
+        straight(Span::of(block), Span::of(&[]));
     } else {
         scatter(out, &job.classes, base, start, block, block.len(), 1);
     }
 }
 
 /// To adjacent elements, rounded once; multiplied by something, if that is there.
-pub(super) fn narrow<E: Element<Acc = T>, T: Work>(level: Level, x: Span<T>, by: Span<T>, dst: SpanMut<E>) {
-    if by.is_empty() { level.run(Narrow { src: x, dst }) } else { level.run(Product { x, by, dst }) }
+struct Run<'s, 'b, T> {
+    level: Level,
+    x: Span<'s, T>,
+    by: Span<'s, T>,
+    to: To<'s, 'b, T>,
+}
+
+impl<T: Work> OfType<T> for Run<'_, '_, T> {
+    fn run<E: Element<Acc = T>>(self) {
+        let Self { level, x, by, to } = self;
+        let dst = to.rows::<E>().row(0);
+        if by.is_empty() { level.run(Narrow { src: x, dst }) } else { level.run(Product { x, by, dst }) }
+    }
 }
 
 struct Narrow<'s, E, T> {

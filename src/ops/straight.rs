@@ -23,7 +23,7 @@ pub(super) const RUN: usize = 1024;
 /// Classes of a part, which has states of its own: threads can share columns.
 const PART: usize = 8192;
 
-/// Where the parts of the classes begin, and how many there are: a function of the classes alone.
+/// Parts that the classes are cut into: a function of their number alone.
 pub(super) fn parts(classes: usize) -> usize {
     if classes < 2 * PART { 1 } else { classes.div_ceil(PART) }
 }

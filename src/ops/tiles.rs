@@ -7,7 +7,7 @@ use crate::tunables::tunables;
 
 use super::job::OUT;
 use super::plan::Path;
-use super::scratch::{Buffer, Work, room};
+use super::scratch::{Buffer, OfType, Work, room};
 use super::source::{gather, scatter};
 use super::strip::Strip;
 
@@ -41,59 +41,7 @@ impl Strip<'_, '_> {
         offsets: &mut [Offsets; 3],
         flat: &mut Buffer<T>,
     ) {
-        T::fill(self, array, operand, path, classes, tile, offsets, flat);
-    }
-
-    /// The same of elements `E`.
-    pub(super) fn fill_of<E: Element<Acc = T>, T: Work>(
-        &self,
-        array: &Array,
-        operand: usize,
-        path: Path,
-        (first, count): (usize, usize),
-        (tile, stride): (&mut [T], usize),
-        offsets: &mut [Offsets; 3],
-        flat: &mut Buffer<T>,
-    ) {
-        let (job, n) = (self.job, self.kept.len());
-        let step = job.classes.inner_stride(operand);
-        let size = size_of::<E>();
-        let path = self.path(path);
-        match path {
-            Path::Columns => {
-                let src = array.columns::<E>(job.rows.offset(operand, self.kept[0]) + first as isize * step, step, count, n);
-                // The next strip; or, where there are several blocks, what of this one could not be asked for while the one before was computed with.
-                let ahead = if count == job.classes.size { (n * size) as isize } else { LATER * step };
-                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), Some(ahead)));
-            }
-            Path::Rows if count == 2 && self.adjacent(operand, count, size) => {
-                let src = array.span::<E>(job.rows.offset(operand, self.kept[0]), 2 * n);
-                job.level.run(Move::PairsIn(src, ColumnsMut::of(tile, stride, count, stride)));
-            }
-            Path::Rows => {
-                let backwards = step < 0;
-                let shift = (if backwards { first + count.max(1) - 1 } else { first }) as isize * step;
-                let whole = n.next_multiple_of(LANES);
-                let tile = ColumnsMut::of(tile, stride, count, stride);
-                let tile = if backwards { tile.reversed() } else { tile };
-                if E::DTYPE == T::DTYPE {
-                    let (base, rows) = self.offsets(operand, shift, whole, &mut offsets[0]);
-                    let src = array.rows::<T>(base, rows, count);
-                    job.level.run(Move::<T, T>::RowsIn(src, tile));
-                } else {
-                    let flat = room(flat, whole * count);
-                    let (rows, len) = self.flat(operand, shift, count, size, &mut offsets[0]);
-                    job.level.run(Move::<E, T>::Widen(array.rows(rows.0, rows.1, len), SpanMut::of(flat)));
-                    let src = RowsMut::of(flat, offsets[1].run((count * size_of::<T>()) as isize, n, whole), count).read();
-                    job.level.run(Move::<T, T>::RowsIn(src, tile));
-                }
-            }
-            Path::Gathered => {
-                for (slot, &row) in self.kept.iter().enumerate() {
-                    gather(array, operand, &job.classes, job.rows.offset(operand, row), first, &mut tile[slot..], count, stride);
-                }
-            }
-        }
+        T::of_type(array.dtype(), Fill { strip: self, array, operand, path, classes, tile, offsets, flat });
     }
 
     /// Writes `count` classes from `first` on of the result from a tile.
@@ -105,29 +53,91 @@ impl Strip<'_, '_> {
         offsets: &mut [Offsets; 3],
         flat: &mut Buffer<T>,
     ) {
-        T::empty(self, out, classes, tile, offsets, flat);
+        T::of_type(out.array().dtype(), Empty { strip: self, out, classes, tile, offsets, flat });
     }
+}
 
-    /// The same of elements `E`.
-    pub(super) fn empty_of<E: Element<Acc = T>, T: Work>(
-        &self,
-        out: &Out,
-        (first, count): (usize, usize),
-        (tile, stride): (&[T], usize),
-        offsets: &mut [Offsets; 3],
-        flat: &mut Buffer<T>,
-    ) {
-        let (job, n) = (self.job, self.kept.len());
+/// [`Strip::fill`] of elements of one type.
+struct Fill<'s, 'j, 'a, T> {
+    strip: &'s Strip<'j, 'a>,
+    array: &'s Array<'a>,
+    operand: usize,
+    path: Path,
+    classes: (usize, usize),
+    tile: (&'s mut [T], usize),
+    offsets: &'s mut [Offsets; 3],
+    flat: &'s mut Buffer<T>,
+}
+
+impl<T: Work> OfType<T> for Fill<'_, '_, '_, T> {
+    fn run<E: Element<Acc = T>>(self) {
+        let Self { strip, array, operand, path, classes: (first, count), tile: (tile, stride), offsets, flat } = self;
+        let (job, n) = (strip.job, strip.kept.len());
+        let step = job.classes.inner_stride(operand);
+        let size = size_of::<E>();
+        let path = strip.path(path);
+        match path {
+            Path::Columns => {
+                let src = array.columns::<E>(job.rows.offset(operand, strip.kept[0]) + first as isize * step, step, count, n);
+                // The next strip; or, where there are several blocks, what of this one could not be asked for while the one before was computed with.
+                let ahead = if count == job.classes.size { (n * size) as isize } else { LATER * step };
+                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), Some(ahead)));
+            }
+            Path::Rows if count == 2 && strip.adjacent(operand, count, size) => {
+                let src = array.span::<E>(job.rows.offset(operand, strip.kept[0]), 2 * n);
+                job.level.run(Move::PairsIn(src, ColumnsMut::of(tile, stride, count, stride)));
+            }
+            Path::Rows => {
+                let backwards = step < 0;
+                let shift = (if backwards { first + count.max(1) - 1 } else { first }) as isize * step;
+                let whole = n.next_multiple_of(LANES);
+                let tile = ColumnsMut::of(tile, stride, count, stride);
+                let tile = if backwards { tile.reversed() } else { tile };
+                if E::DTYPE == T::DTYPE {
+                    let (base, rows) = strip.offsets(operand, shift, whole, &mut offsets[0]);
+                    let src = array.rows::<T>(base, rows, count);
+                    job.level.run(Move::<T, T>::RowsIn(src, tile));
+                } else {
+                    let flat = room(flat, whole * count);
+                    let (rows, len) = strip.flat(operand, shift, count, size, &mut offsets[0]);
+                    job.level.run(Move::<E, T>::Widen(array.rows(rows.0, rows.1, len), SpanMut::of(flat)));
+                    let src = RowsMut::of(flat, offsets[1].run((count * size_of::<T>()) as isize, n, whole), count).read();
+                    job.level.run(Move::<T, T>::RowsIn(src, tile));
+                }
+            }
+            Path::Gathered => {
+                for (slot, &row) in strip.kept.iter().enumerate() {
+                    gather(array, operand, &job.classes, job.rows.offset(operand, row), first, &mut tile[slot..], count, stride);
+                }
+            }
+        }
+    }
+}
+
+/// [`Strip::empty`] to elements of one type.
+struct Empty<'s, 'j, 'a, T> {
+    strip: &'s Strip<'j, 'a>,
+    out: &'s Out<'a>,
+    classes: (usize, usize),
+    tile: (&'s [T], usize),
+    offsets: &'s mut [Offsets; 3],
+    flat: &'s mut Buffer<T>,
+}
+
+impl<T: Work> OfType<T> for Empty<'_, '_, '_, T> {
+    fn run<E: Element<Acc = T>>(self) {
+        let Self { strip, out, classes: (first, count), tile: (tile, stride), offsets, flat } = self;
+        let (job, n) = (strip.job, strip.kept.len());
         let step = job.classes.inner_stride(OUT);
         let size = size_of::<E>();
         let source = Columns::of(tile, stride, count, stride);
-        match self.path(job.tile_write) {
+        match strip.path(job.tile_write) {
             Path::Columns => {
-                let dst = out.columns::<E>(job.rows.offset(OUT, self.kept[0]) + first as isize * step, step, count, n);
-                job.level.run(Move::Out(source, dst, self.streams()));
+                let dst = out.columns::<E>(job.rows.offset(OUT, strip.kept[0]) + first as isize * step, step, count, n);
+                job.level.run(Move::Out(source, dst, strip.streams()));
             }
-            Path::Rows if count == 2 && self.adjacent(OUT, count, size) => {
-                let dst = out.span::<E>(job.rows.offset(OUT, self.kept[0]), 2 * n);
+            Path::Rows if count == 2 && strip.adjacent(OUT, count, size) => {
+                let dst = out.span::<E>(job.rows.offset(OUT, strip.kept[0]), 2 * n);
                 job.level.run(Move::PairsOut(source, dst));
             }
             Path::Rows => {
@@ -135,19 +145,19 @@ impl Strip<'_, '_> {
                 let shift = (if backwards { first + count.max(1) - 1 } else { first }) as isize * step;
                 let source = if backwards { source.reversed() } else { source };
                 if E::DTYPE == T::DTYPE {
-                    let (base, rows) = self.offsets(OUT, shift, 0, &mut offsets[0]);
+                    let (base, rows) = strip.offsets(OUT, shift, 0, &mut offsets[0]);
                     let dst = out.rows::<T>(base, rows, count);
                     job.level.run(Move::<T, T>::RowsOut(source, dst));
                 } else {
                     let flat = room(flat, n * count);
                     let rows = offsets[1].run((count * size_of::<T>()) as isize, n, n);
                     job.level.run(Move::<T, T>::RowsOut(source, RowsMut::of(flat, rows, count)));
-                    let (rows, len) = self.flat(OUT, shift, count, size, &mut offsets[0]);
+                    let (rows, len) = strip.flat(OUT, shift, count, size, &mut offsets[0]);
                     job.level.run(Move::<E, T>::Narrow(Span::of(flat), out.rows(rows.0, rows.1, len)));
                 }
             }
             Path::Gathered => {
-                for (slot, &row) in self.kept.iter().enumerate() {
+                for (slot, &row) in strip.kept.iter().enumerate() {
                     scatter(out, &job.classes, job.rows.offset(OUT, row), first, &tile[slot..], count, stride);
                 }
             }

@@ -189,7 +189,6 @@ fn a_row_of_several_segments_is_the_same_however_it_is_shared() {
             let run = |threads: usize, rows: &[Vec<f64>], labels: &[i128]| {
                 simple(&Exec { level, threads }, dtype, &[rows.len(), classes], 1, &rows.concat(), labels, &options)
             };
-            let same = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan());
             let (losses, gradients) = run(1, &rows, &labels);
             for (i, (name, _)) in changes.iter().enumerate() {
                 for threads in [1, 2, 5] {
