@@ -3,9 +3,9 @@
 
 use core::marker::PhantomData;
 
-use crate::array::{Array, Element, FromNumber, Out, Span};
+use crate::array::{Array, DType, Element, FromNumber, Out, Span};
 use crate::kernels::scan::BLOCK;
-use crate::simd::Level;
+use crate::simd::{Isa, Level};
 
 use super::plan::{Axes, Path, path};
 use super::scratch::{Buffer, Scratch, Work, room};
@@ -50,6 +50,17 @@ impl<'j, J, T> Chunk<'j, J, T> {
     pub(super) fn new(job: &'j J, first: usize, last: usize, scratch: &'j mut Scratch) -> Self {
         Self { job, first, last, scratch, element: PhantomData }
     }
+}
+
+/// Whether by-products of such logits are computed in float64: at the portable level, where speed is no matter, all are, and no code for float32 is needed.
+pub(super) fn in_float64(level: Level, dtype: DType) -> bool {
+    dtype == DType::F64 || level == Level::Scalar
+}
+
+/// That [`in_float64`] was asked.
+#[inline(always)]
+pub(super) fn assert_asked<S: Isa, T: Work>() {
+    assert!(S::LEVEL != Level::Scalar || T::DTYPE == DType::F64, "the portable level computes by-products in float64");
 }
 
 /// How an operand is read.

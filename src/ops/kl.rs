@@ -11,7 +11,7 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, Reduction};
-use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE};
+use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE, assert_asked, in_float64};
 use super::job::{TASK, rows_per_task};
 use super::plan::with_axes;
 use super::scratch::{Buffer, SCRATCH, Work, room};
@@ -83,11 +83,12 @@ pub fn kl_divergence(
     let tasks = count.div_ceil(per_task);
     let threads = if count * layout.classes.size < TASK { 1 } else { exec.threads };
     let partial = Mutex::new(filled(Pair::default(), tasks)?);
-    let task = |task: usize| -> Result<(), Error> {
+    let wide = double || in_float64(exec.level, DType::F32);
+    let task = |task: usize| {
         let (first, last) = (task * per_task, count.min((task + 1) * per_task));
         let mut kept = SCRATCH.take().unwrap_or_default();
         let (job, scratch) = (&job, &mut *kept);
-        let sum = if double {
+        let sum = if wide {
             exec.level.run(Chunk::<_, f64>::new(job, first, last, scratch))
         } else {
             exec.level.run(Chunk::<_, f32>::new(job, first, last, scratch))
@@ -96,10 +97,8 @@ pub fn kl_divergence(
         if let Ok(mut partial) = partial.lock() {
             partial[task] = sum;
         }
-        Ok(())
     };
-    // The dtypes were checked: no task fails.
-    threads::for_each(threads, tasks, &|index| drop(task(index)));
+    threads::for_each(threads, tasks, &task);
     let mut total = Pair::default();
     for sum in partial.into_inner().unwrap_or_default() {
         total.merge(sum);
@@ -148,6 +147,7 @@ impl<T: Work> Kernel for Chunk<'_, Job<'_>, T> {
     type Output = Pair;
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> Pair {
+        assert_asked::<S, T>();
         let Chunk { job, first, last, .. } = self;
         let (_, buffers, _) = T::buffers(self.scratch);
         let feeds = [Feed::new(&job.x[P], &mut buffers.x), Feed::new(&job.x[Q], &mut buffers.dense)];

@@ -33,29 +33,3 @@ pub use vjp::{log_softmax_vjp, nll_loss, softmax_vjp};
 
 /// Most elements of [`small_cross_entropy`].
 pub const SMALL_SIZE: usize = few::SMALL_SIZE;
-
-/// Runs `$body` with the type alias `$E` standing for the element type of a float dtype.
-macro_rules! with_element {
-    ($dtype:expr, $E:ident => $body:expr) => {
-        match $dtype {
-            crate::array::DType::F16 => {
-                type $E = half::f16;
-                $body
-            }
-            crate::array::DType::Bf16 => {
-                type $E = half::bf16;
-                $body
-            }
-            crate::array::DType::F32 => {
-                type $E = f32;
-                $body
-            }
-            crate::array::DType::F64 => {
-                type $E = f64;
-                $body
-            }
-            _ => return Err(Error::Invalid("logits must be floating point")),
-        }
-    };
-}
-use with_element;

@@ -1,18 +1,17 @@
 //! Scores of given tokens: log-probability, logsumexp and argmax, and on demand entropy and rank, in one reading of the logits.
 
-use crate::array::{Array, DType, Element, Out, Vf};
+use crate::array::{Array, DType, Out, Vf};
 use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::{Constants, Scan, Total, larger};
 use crate::simd::{Isa, Kernel, Mask, Vector};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE};
+use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE, assert_asked, in_float64};
 use super::job::{TASK, rows_per_task};
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Work};
 use super::targets::{NONE, classes, filled, row_shape};
-use super::with_element;
 
 /// Where the scores go; each has the shape of the rows.
 #[derive(Clone, Debug)]
@@ -72,18 +71,18 @@ pub fn score_tokens(exec: &Exec, logits: &Array, axis: usize, tokens: &Array, ig
     let per_task = rows_per_task(layout.rows.size, layout.classes.size);
     let per_task = if job.x.is_tiled() { per_task.next_multiple_of(TILE) } else { per_task };
     let threads = if layout.rows.size * layout.classes.size < 2 * TASK { 1 } else { exec.threads };
-    let dtype = logits.dtype();
-    let task = |task: usize| -> Result<(), Error> {
+    let wide = in_float64(exec.level, logits.dtype());
+    let task = |task: usize| {
         let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
         let mut scratch = SCRATCH.take().unwrap_or_default();
-        with_element!(dtype, E => {
-            exec.level.run(Chunk::<_, <E as Element>::Acc>::new(&job, first, last, &mut scratch));
-        });
+        if wide {
+            exec.level.run(Chunk::<_, f64>::new(&job, first, last, &mut scratch));
+        } else {
+            exec.level.run(Chunk::<_, f32>::new(&job, first, last, &mut scratch));
+        }
         SCRATCH.set(Some(scratch));
-        Ok(())
     };
-    // The dtype was checked: no task fails.
-    threads::for_each(threads, layout.rows.size.div_ceil(per_task), &|index| drop(task(index)));
+    threads::for_each(threads, layout.rows.size.div_ceil(per_task), &task);
     Ok(())
 }
 
@@ -135,6 +134,7 @@ impl<T: Work> Kernel for Chunk<'_, Job<'_>, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
+        assert_asked::<S, T>();
         let Chunk { job, first, last, .. } = self;
         let (_, buffers, _) = T::buffers(self.scratch);
         let feed = Feed::new(&job.x, &mut buffers.x);

@@ -2,18 +2,17 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::array::{Array, DType, Element, Out};
+use crate::array::{Array, DType, Out};
 use crate::kernels::scan::BLOCK;
 use crate::kernels::scan::{Constants, Largest, Scan};
 use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::blocks::{Chunk, Feed, Layout, Operand, TILE};
+use super::blocks::{Chunk, Feed, Layout, Operand, TILE, assert_asked, in_float64};
 use super::job::{TASK, rows_per_task};
 use super::plan::Axes;
 use super::scratch::{SCRATCH, Work};
-use super::with_element;
 
 /// The `k` largest of log-softmax over `axis` in falling order, ties by the lower index, and their classes (int64); both results have the
 /// logits' shape with k in place of the classes.
@@ -43,18 +42,18 @@ pub fn topk_logprobs(exec: &Exec, logits: &Array, axis: usize, logprobs: &Out, i
     let per_task = rows_per_task(layout.rows.size, layout.classes.size);
     let per_task = if job.x.is_tiled() { per_task.next_multiple_of(TILE) } else { per_task };
     let threads = if layout.rows.size * layout.classes.size < 2 * TASK { 1 } else { exec.threads };
-    let dtype = logits.dtype();
-    let task = |task: usize| -> Result<(), Error> {
+    let wide = in_float64(exec.level, logits.dtype());
+    let task = |task: usize| {
         let (first, last) = (task * per_task, layout.rows.size.min((task + 1) * per_task));
         let mut scratch = SCRATCH.take().unwrap_or_default();
-        with_element!(dtype, E => {
-            exec.level.run(Chunk::<_, <E as Element>::Acc>::new(&job, first, last, &mut scratch));
-        });
+        if wide {
+            exec.level.run(Chunk::<_, f64>::new(&job, first, last, &mut scratch));
+        } else {
+            exec.level.run(Chunk::<_, f32>::new(&job, first, last, &mut scratch));
+        }
         SCRATCH.set(Some(scratch));
-        Ok(())
     };
-    // The dtype was checked: what can fail is memory.
-    threads::for_each(threads, layout.rows.size.div_ceil(per_task), &|index| drop(task(index)));
+    threads::for_each(threads, layout.rows.size.div_ceil(per_task), &task);
     if job.failed.load(Ordering::Relaxed) { Err(Error::OutOfMemory) } else { Ok(()) }
 }
 
@@ -73,6 +72,7 @@ impl<T: Work> Kernel for Chunk<'_, Job<'_>, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
+        assert_asked::<S, T>();
         let Chunk { job, first, last, .. } = self;
         let (_, buffers, _) = T::buffers(self.scratch);
         search(isa, job, first, last, Feed::new(&job.x, &mut buffers.x));
