@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::array::{Element, Flags, Half, Span, SpanMut, Vf};
+use crate::array::{DType, Element, Flags, Half, Span, SpanMut, Vf};
 use crate::simd::{Isa, Vector};
 
 use super::math::Real;
@@ -135,6 +135,66 @@ pub(super) trait Making<T: Real>: Copy {
     fn load<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T>;
 }
 
+/// What can be read on from one block to the next.
+pub(super) trait Onward<T: Real>: Making<T> {
+    /// Where it stands.
+    fn address(self) -> *const u8;
+    /// What the loops read of it, unless it is made.
+    fn standing(&self) -> Span<'_, T> {
+        Span::of(&[])
+    }
+}
+
+impl<T: Real> Onward<T> for Here<'_, T> {
+    #[inline(always)]
+    fn address(self) -> *const u8 {
+        self.0.address(0)
+    }
+    #[inline(always)]
+    fn standing(&self) -> Span<'_, T> {
+        self.0
+    }
+}
+
+/// A whole row, to be read on from one block to the next.
+#[derive(Clone, Copy)]
+pub(super) struct Whole<'a, T, M> {
+    row: M,
+    /// Where blocks of it are made, if they are: the next one to be read in the first, the one after it in the other, and so on.
+    scratch: [SpanMut<'a, T>; 2],
+}
+
+impl<'a, T: Real, M: Onward<T>> Whole<'a, T, M> {
+    /// `len` classes of block `index` from `from` on, and as many of the block after it.
+    #[inline(always)]
+    pub(super) fn part(&self, index: usize, from: usize, len: usize) -> (M, Next<'a, T, M>) {
+        let start = index * BLOCK + from;
+        let next = self.row.part(start + BLOCK, len);
+        let to = if M::MADE { self.scratch[1].part(from, len) } else { self.scratch[1] };
+        (self.row.part(start, len), Next { from: next, to, later: next.address().wrapping_add(LATER), flags: core::ptr::null() })
+    }
+    /// Of such a part what the loops read.
+    #[inline(always)]
+    pub(super) fn standing<'p>(&self, part: &'p M, from: usize, len: usize) -> Span<'p, T>
+    where
+        'a: 'p,
+    {
+        if M::MADE { self.scratch[0].read().part(from, len) } else { part.standing() }
+    }
+    /// Goes on to the next block.
+    #[inline(always)]
+    pub(super) fn step(&mut self) {
+        self.scratch.swap(0, 1);
+    }
+}
+
+/// A [`Whole`] of any kind.
+pub(super) enum Course<'a, T> {
+    Here(Whole<'a, T, Here<'a, T>>),
+    F16(Whole<'a, T, F16<'a>>),
+    Bf16(Whole<'a, T, Bf16<'a>>),
+}
+
 /// The block as it stands.
 #[derive(Clone, Copy)]
 pub(super) struct Here<'a, T>(Span<'a, T>);
@@ -176,6 +236,13 @@ macro_rules! halves {
             #[inline(always)]
             fn load<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
                 T::load_half(isa, Half::$kind(self.0), i, n)
+            }
+        }
+
+        impl<T: Real> Onward<T> for $name<'_> {
+            #[inline(always)]
+            fn address(self) -> *const u8 {
+                self.0.address(0)
             }
         }
     };
@@ -392,6 +459,25 @@ impl<'a, T: Real> Ahead<'a, T> {
 }
 
 impl<'a, T: Real> Input<'a, T> {
+    /// The whole row, if it can be read on from the block that was asked for last.
+    #[inline(always)]
+    pub(super) fn course(&mut self, known: &Known<T>) -> Option<Course<'_, T>> {
+        let none = SpanMut::of(&mut []);
+        match self {
+            Self::Row { row, .. } => Some(Course::Here(Whole { row: Here(*row), scratch: [none; 2] })),
+            Self::Raw { row: Raw::Half(half), scratch, .. } if T::DTYPE == DType::F32 => {
+                let (even, odd) = scratch.split_at_mut(APART);
+                let (even, odd) = (SpanMut::of(&mut even[..BLOCK]), SpanMut::of(&mut odd[..BLOCK]));
+                let scratch = if known.turn == 1 { [even, odd] } else { [odd, even] };
+                Some(match *half {
+                    Half::F16(half) => Course::F16(Whole { row: F16(half), scratch }),
+                    Half::Bf16(half) => Course::Bf16(Whole { row: Bf16(half), scratch }),
+                })
+            }
+            _ => None,
+        }
+    }
+
     /// A row with nothing after it.
     pub fn row(row: Span<'a, T>) -> Self {
         Self::Row { row, after: Span::of(&[]) }

@@ -8,7 +8,7 @@ use crate::array::{DType, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
 use super::bend;
-use super::input::{Ahead, Input, Known, LATER, Making, Next};
+use super::input::{Ahead, Course, Input, Known, LATER, Making, Next, Onward, Whole};
 use super::math::{Anchored, Cap, Exp, Real};
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
@@ -289,13 +289,13 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
     Sums { rest, lin, t_rest, ties, next: max[0].max(max[1]).max(max[2].max(max[3])), low: low[0].min(low[1]) }
 }
 
-/// Blocks of a row that stands in memory, from the first of `range` on, none of which holds the maximum: up to the last of it, or until one comes that
+/// Blocks of a row, from the first of `range` on, none of which holds the maximum: up to the last of it, or until one comes that
 /// reaches the maximum. Which one comes next, and its maximum, lane by lane. (What a block costs by itself is a tenth of its time.)
 #[inline(always)]
-fn skim<S: Isa, T: Summand, const KEEP: bool>(
+fn skim<S: Isa, T: Summand, M: Onward<T>, const KEEP: bool>(
     isa: S,
     at: &Lanes<Vf<S, T>>,
-    row: Span<T>,
+    mut row: Whole<T, M>,
     range: (usize, usize),
     (dst, cold): (SpanMut<T>, bool),
     rest: &mut Wide<S>,
@@ -304,15 +304,17 @@ fn skim<S: Isa, T: Summand, const KEEP: bool>(
     let (mut index, mut sum) = (range.0, *rest);
     loop {
         let mut top = Vf::<S, T>::splat(isa, T::NEG_INF);
-        for from in (index * BLOCK..(index + 1) * BLOCK).step_by(stretch) {
-            let (x, next) = (row.part(from, stretch), Next::here(row.part(from + BLOCK, stretch)));
-            let to = if KEEP { dst.part(from, stretch) } else { dst };
+        for from in (0..BLOCK).step_by(stretch) {
+            let (x, next) = row.part(index, from, stretch);
+            let x = row.standing(&x, from, stretch);
+            let to = if KEEP { dst.part(index * BLOCK + from, stretch) } else { dst };
             let to = (to, cold.then(|| to.read().address(0).wrapping_add(LATER)));
             let sums = pass::<S, T, _, false, KEEP, false, false>(isa, at, x, next, x, Cap::new(1.0), to);
             T::add(isa, &mut sum, sums.rest);
             top = sums.next.max(top);
         }
         index += 1;
+        row.step();
         if index == range.1 || at.top.le(top).any() {
             *rest = sum;
             return (index, top);
@@ -420,7 +422,7 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
     // The maxima of the next block's stretches, where they are known.
     let stretch = stretch::<S, T>();
     let mut peaks = [None; MOST_STRETCHES];
-    let row = if let Input::Row { row, .. } = x { Some(row) } else { None };
+    let skims = T::DTYPE == DType::F32 && x.course(known).is_some();
     let mut index = 0;
     while index < classes.div_ceil(BLOCK) {
         let start = index * BLOCK;
@@ -482,20 +484,24 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
             t_top.merge(weight);
         }
         let usual = !(far || lin || CAP) && S::LEVEL != Level::Scalar;
-        if let Some(row) = row
-            && usual
-            && !tops
-            && T::DTYPE == DType::F32
-        {
+        if skims && usual && !tops {
             // Up to the block with a class that is to be told, or the last one that has a whole one after it. (Of float64 it is not worth its code.)
             let until = wanted.classes.first().map_or(usize::MAX, |&(class, _)| class / BLOCK).min((classes / BLOCK).saturating_sub(1));
             if index < until {
+                let Some(course) = x.course(known) else { unreachable!("asked before") };
                 let (range, to) = ((index, until), (dst, cold));
-                let (done, top) = if store {
-                    skim::<S, T, true>(isa, &at, row, range, to, &mut rest)
-                } else {
-                    skim::<S, T, false>(isa, &at, row, range, to, &mut rest)
+                let (done, top) = match (course, store) {
+                    (Course::Here(row), false) => skim::<S, T, _, false>(isa, &at, row, range, to, &mut rest),
+                    (Course::Here(row), true) => skim::<S, T, _, true>(isa, &at, row, range, to, &mut rest),
+                    (Course::F16(row), false) => skim::<S, T, _, false>(isa, &at, row, range, to, &mut rest),
+                    (Course::F16(row), true) => skim::<S, T, _, true>(isa, &at, row, range, to, &mut rest),
+                    (Course::Bf16(row), false) => skim::<S, T, _, false>(isa, &at, row, range, to, &mut rest),
+                    (Course::Bf16(row), true) => skim::<S, T, _, true>(isa, &at, row, range, to, &mut rest),
                 };
+                if (done - index).is_multiple_of(2) {
+                    // Of those that are made the next one is where this was.
+                    known.turn = 1 - known.turn;
+                }
                 for known in references.iter_mut().take(done).skip(index) {
                     *known = reference;
                 }
