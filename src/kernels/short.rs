@@ -22,6 +22,8 @@ pub struct Short<'a, T> {
     pub x: Rows<'a, T>,
     /// What is to be widened or turned round to where the logits are then expected, if that is where they come from.
     pub from: Option<(RawRows<'a, T>, RowsMut<'a, T>)>,
+    /// Whether that is wanted for what comes after; otherwise it may be read where it is.
+    pub wanted: bool,
     /// Where the exponentials go, if anywhere; may be the rows themselves.
     pub dst: Option<RowsMut<'a, T>>,
     /// Whether it is memory that no cache has: it is asked for, too.
@@ -92,12 +94,21 @@ impl<T: Summand> Kernel for Short<'_, T> {
 
 #[inline(always)]
 fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
-    let Short { scale, x, from, dst, cold, classes, tile } = job;
+    let Short { scale, mut x, mut from, wanted, dst, cold, classes, tile } = job;
     let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
     let exp = Exp::<Vf<S, T>>::new(isa, scale).opaque();
     let limit = T::from_f64(T::LIMIT.to_f64() / scale);
     // Where registers are few, keeping exponentials takes all of them.
     let fusing = S::REGISTERS >= 32 || (!STORE && T::DTYPE == DType::F32);
+    let mut back = false;
+    if let Some((RawRows::Backwards(rows), _)) = from
+        && T::DTYPE == DType::F32
+        && fusing
+        && !wanted
+        && x.len() >= FUSED
+    {
+        (x, from, back) = (rows, None, true);
+    }
     let fused = fusing && x.len() >= FUSED && from.is_none();
     let together = (TOGETHER / (x.len() * size_of::<T>()).max(1) / (1 + usize::from(fused))).clamp(2, GROUP);
     let distance = if fused { 2 * together } else { together };
@@ -116,7 +127,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                     Some((raw, to)) => Ahead::raw(raw.row(first + r), to.row(first + r)).max(isa, 0),
                     None => chains_max(isa, x.row(first + r), peaks),
                 };
-                if apart::<S, T>(x.len()) && from.is_some() {
+                if apart::<S, T>(x.len()) && (from.is_some() || back) {
                     // Which chain holds the maximum is not known: all may.
                     *peaks = [*top; CHAINS];
                 }
@@ -139,7 +150,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
             tile.b[slot] = 0.0;
             // Before exponentials take its place.
             if let Some(&class) = classes.get(slot) {
-                tile.x_target[slot] = x.row(slot).get(class).to_f64();
+                tile.x_target[slot] = x.row(slot).get(if back { x.len() - 1 - class } else { class }).to_f64();
             }
         }
         for r in 0..n {
@@ -151,6 +162,9 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 left = true;
                 if let Some(next) = next {
                     tops[r] = chains_max(isa, next, &mut peaks[r]);
+                    if back {
+                        peaks[r] = [tops[r]; CHAINS];
+                    }
                 }
                 continue;
             }
@@ -163,8 +177,12 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
             };
             let top = (Vf::<S, T>::splat(isa, max), &mut peaks[r]);
             let sums = match next {
-                Some(next) if fusing => sum_row::<S, T, STORE, true>(isa, &at, top, row, next, (ahead, later), dst),
-                _ => sum_row::<S, T, STORE, false>(isa, &at, top, row, row, (ahead, later), dst),
+                // (Where there is no next one, what is found out is not used.)
+                next if back && fusing && T::DTYPE == DType::F32 => {
+                    sum_row::<S, T, STORE, true, true>(isa, &at, top, row, next.unwrap_or(row), (ahead, later), dst)
+                }
+                Some(next) if fusing => sum_row::<S, T, STORE, true, false>(isa, &at, top, row, next, (ahead, later), dst),
+                _ => sum_row::<S, T, STORE, false, false>(isa, &at, top, row, row, (ahead, later), dst),
             };
             tile.ties[slot] = sums.ties as f64;
             (rests[r], tops[r]) = (sums.rest, sums.next);
@@ -215,9 +233,37 @@ struct Places<'a, T> {
     dst: SpanMut<'a, T>,
 }
 
+/// Asks for a line of a later row; where neither its maximum is taken before nor anything is written, it is read soon.
+#[inline(always)]
+fn ask<S: Isa, const STORE: bool, const NEXT: bool>(isa: S, at: *const u8) {
+    if STORE || NEXT { isa.prefetch(at) } else { isa.prefetch_near(at) }
+}
+
+/// The classes of group `k`. BACK: counted from the end.
+#[inline(always)]
+fn part<T: Real, const BACK: bool>(x: Span<T>, k: usize, group: usize) -> Span<T> {
+    if BACK { x.part(x.len() - (k + 1) * group, group) } else { x.nth(k, group) }
+}
+
+/// Where vector `u` of four stands in their group.
+#[inline(always)]
+fn place<const BACK: bool>(u: usize, step: usize) -> usize {
+    if BACK { (3 - u) * step } else { u * step }
+}
+
+/// The first `n` classes, the last of them first.
+#[inline(always)]
+fn last_backwards<S: Isa, T: Real>(isa: S, x: Span<T>, n: usize) -> Vf<S, T> {
+    let mut few = [T::NEG_INF; 16];
+    for (i, few) in few[..n].iter_mut().enumerate() {
+        *few = x.get(n - 1 - i);
+    }
+    Span::of(&few).load(isa, 0)
+}
+
 /// The classes of some groups of four vectors. TOP: the maximum may be among them.
 #[inline(always)]
-fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP: bool>(
+fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP: bool, const BACK: bool>(
     isa: S,
     at: &Anchored<Vf<S, T>>,
     top: Vf<S, T>,
@@ -229,14 +275,16 @@ fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
     let (own, most) = if S::REGISTERS < 32 { (1, 0) } else { (3, 3) };
     let mut k = groups.start;
     while k < groups.end {
-        let (x, next, dst) = (row.x.nth(k, group), row.next.nth(k, group), if STORE { row.dst.nth(k, group) } else { row.dst });
+        let (x, next) = (part::<T, BACK>(row.x, k, group), part::<T, BACK>(row.next, k, group));
+        let dst = if STORE { row.dst.nth(k, group) } else { row.dst };
         for u in 0..4 {
-            isa.prefetch(row.ahead.wrapping_add((k * group + u * step) * size_of::<T>()));
+            ask::<S, STORE, NEXT>(isa, row.ahead.wrapping_add((k * group + u * step) * size_of::<T>()));
             if NEXT {
                 // In this order a NaN is passed over; it comes back through the sum.
-                to.next[u & most] = next.load(isa, u * step).max(to.next[u & most]);
+                to.next[u & most] = next.load(isa, place::<BACK>(u, step)).max(to.next[u & most]);
             }
-            let v = x.load(isa, u * step);
+            let v = x.load(isa, place::<BACK>(u, step));
+            let v = if BACK { v.reverse() } else { v };
             let (p, q) = at.parts(v);
             if STORE {
                 dst.store(isa, u * step, p * q);
@@ -260,7 +308,7 @@ fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
 /// The sum of the exponentials of a row but for its maxima, and their number; with NEXT and in the same loop, the maximum of a row of as many classes, and of
 /// its chains, which take the place of this one's. Memory is asked for what lies `ahead`, a row that is read later, and for one that is written `later`.
 #[inline(always)]
-fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool>(
+fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: bool>(
     isa: S,
     at: &Anchored<Vf<S, T>>,
     (top, peaks): (Vf<S, T>, &mut [Vf<S, T>; CHAINS]),
@@ -291,20 +339,27 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool>(
         to.rest = [zero; 4];
         let peak = &mut peaks[k / most % CHAINS];
         if apart && !peak.eq(top).any() {
-            sum_groups::<S, T, STORE, NEXT, false>(isa, at, top, k..end, row, &mut to);
+            sum_groups::<S, T, STORE, NEXT, false, BACK>(isa, at, top, k..end, row, &mut to);
         } else {
-            sum_groups::<S, T, STORE, NEXT, true>(isa, at, top, k..end, row, &mut to);
+            sum_groups::<S, T, STORE, NEXT, true, BACK>(isa, at, top, k..end, row, &mut to);
         }
         k = end;
         i = k * group;
         while room && i < len {
             let n = step.min(len - i);
-            isa.prefetch(ahead.wrapping_add(i * size_of::<T>()));
+            ask::<S, STORE, NEXT>(isa, ahead.wrapping_add(i * size_of::<T>()));
+            let from = if BACK { len - i - n } else { i };
             if NEXT {
-                let next = if n == step { next.load(isa, i) } else { next.load_partial(isa, i, n, T::NEG_INF) };
+                let next = if n == step { next.load(isa, from) } else { next.load_partial(isa, from, n, T::NEG_INF) };
                 to.next[0] = next.max(to.next[0]);
             }
-            let v = if n == step { x.load(isa, i) } else { x.load_partial(isa, i, n, T::NEG_INF) };
+            let v = if BACK {
+                if n == step { x.load(isa, from).reverse() } else { last_backwards(isa, x, n) }
+            } else if n == step {
+                x.load(isa, i)
+            } else {
+                x.load_partial(isa, i, n, T::NEG_INF)
+            };
             let (p, q) = at.parts(v);
             if STORE {
                 if n == step { dst.store(isa, i, p * q) } else { dst.store_partial(isa, i, n, p * q) }

@@ -155,10 +155,14 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
         }
     };
     let scale = job.terms.scale;
-    if job.level.run(Short { scale, x, from, dst: e, cold: in_result && job.stores != Stores::Cached, classes: target, tile }) {
+    let (wanted, cold) = (job.kind == Kind::LogSoftmax, in_result && job.stores != Stores::Cached);
+    if job.level.run(Short { scale, x, from, wanted, dst: e, cold, classes: target, tile }) {
         for slot in 0..n {
             if !tile.ties[slot].is_nan() {
                 continue;
+            }
+            if let Some((RawRows::Backwards(rows), to)) = from {
+                (0..classes).for_each(|c| to.row(slot).set(c, rows.row(slot).get(classes - 1 - c)));
             }
             let state = job.level.run(Reduce {
                 scale,

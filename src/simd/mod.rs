@@ -217,9 +217,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
         // SAFETY: the caller's promise.
         unsafe { core::ptr::copy_nonoverlapping(src, dst, Self::F32::LANES) }
     }
-    /// Asks for the cache line at an address, which need not be valid.
+    /// Asks for the cache line at an address, which need not be valid, as far as the second cache.
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
+    /// The same for the nearest cache: for what is read very soon.
+    #[inline(always)]
+    fn prefetch_near(self, _at: *const u8) {}
     /// Orders the stores of [`Vector::stream`] before later ones; called once after a run of them, before the data is handed on.
     #[inline(always)]
     fn fence(self) {}

@@ -313,3 +313,65 @@ fn long_runs_of_columns_are_what_short_ones_are() {
         }
     }
 }
+
+#[test]
+fn rows_that_lie_backwards_are_what_copies_of_them_are() {
+    for level in levels() {
+        for dtype in FLOATS {
+            let mut seed = 0;
+            for classes in [40, 255, 256, 257, 300, 511, 513, 768, 1000, 1008, 1024, 1025, 3001] {
+                if skipped(&mut seed) {
+                    continue;
+                }
+                let n = 45;
+                let mut random = Random(classes as u64);
+                let x: Vec<f64> = (0..n * classes)
+                    .map(|i| {
+                        let (r, c, x) = (i / classes, i % classes, (random.uniform() * 256.0).round() / 16.0 - 8.0);
+                        // Rows of every kind: equal classes, nothing, an infinite one, one off the grid or confident, NaN.
+                        match r {
+                            3 => 1.5,
+                            4 => f64::NEG_INFINITY,
+                            5 if c == 7 => f64::INFINITY,
+                            6 if c == classes - 2 => 60000.0,
+                            7 => x * 4000.0,
+                            8 if c == 1 => 90.0,
+                            9 if c >= 20 && c % 17 == 3 => f64::NEG_INFINITY,
+                            10 if c == classes - 1 => f64::NAN,
+                            11 if c % 50 == 0 => 9.0,
+                            12 if dtype != DType::F16 => x + 2e5,
+                            _ => x,
+                        }
+                    })
+                    .collect();
+                let labels: Vec<i128> = (0..n).map(|r| (r * 31 % classes) as i128).collect();
+                let target = Tensor::ints(DType::I64, Layout::C, &[n], &labels);
+                let run = |layout: Layout, out: Layout, threads: usize| {
+                    let (x, exec) = (Tensor::floats(dtype, layout, &[n, classes], &x), Exec { level, threads });
+                    let options = LossOptions { reduction: Reduction::None, ..LossOptions::default() };
+                    let [mut alone, mut rows, mut lse] = [0; 3].map(|_| Tensor::empty(dtype.row_dtype(), Layout::C, &[n]));
+                    let [mut gradient, mut p, mut lp] = [0; 3].map(|_| Tensor::empty(dtype, out, &[n, classes]));
+                    let target = || Target::Index(target.array());
+                    {
+                        let grad = Grad { out: gradient.out(), grad_output: GradOutput::Scalar(1.0) };
+                        ops::cross_entropy(&exec, &x.array(), 1, &target(), &options, Some(&rows.out()), Some(&grad)).unwrap();
+                    }
+                    ops::cross_entropy(&exec, &x.array(), 1, &target(), &options, Some(&alone.out()), None).unwrap();
+                    ops::logsumexp(&exec, &x.array(), &[1], &lse.out()).unwrap();
+                    ops::softmax(&exec, &x.array(), &[1], &p.out()).unwrap();
+                    ops::log_softmax(&exec, &x.array(), &[1], &lp.out()).unwrap();
+                    [alone, rows, lse, gradient, p, lp].map(|tensor| tensor.values())
+                };
+                let want = run(Layout::C, Layout::C, 1);
+                for (out, threads) in [(Layout::C, 1), (Layout::C, 3), (Layout::Reversed, 1)] {
+                    let got = run(Layout::Reversed, out, threads);
+                    for (name, (got, want)) in
+                        ["loss", "loss with gradient", "logsumexp", "gradient", "softmax", "log_softmax"].iter().zip(got.iter().zip(&want))
+                    {
+                        assert!(same(got, want), "{name}, {classes} classes, {threads} threads, out {out:?}, {dtype:?} at {level:?}");
+                    }
+                }
+            }
+        }
+    }
+}
