@@ -596,7 +596,7 @@ fn masked_classes_might_as_well_not_be_there() {
     let mut random = Random(5);
     for level in levels() {
         let exec = Exec { level, threads: 1 };
-        for (classes, rows) in [(5usize, 40usize), (31, 20), (66, 20), (130, 9), (1027, 5), (2500, 3)] {
+        for (classes, rows) in [(5usize, 40usize), (31, 20), (66, 20), (130, 9), (1027, 5), (2500, 3), (7198, 3)] {
             let kept: Vec<usize> = (0..classes).filter(|c| c % 3 != 1).collect();
             let x: Vec<f64> = (0..rows * classes).map(|_| f64::from((random.uniform() * 8.0) as f32)).collect();
             let labels: Vec<i128> = (0..rows).map(|r| (r * 7 % kept.len()) as i128).collect();
