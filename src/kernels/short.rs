@@ -24,7 +24,7 @@ pub struct Short<'a, T> {
     pub from: Option<(RawRows<'a, T>, RowsMut<'a, T>)>,
     /// Whether that is wanted for what comes after; otherwise it may be read where it is.
     pub wanted: bool,
-    /// Where the exponentials go, if anywhere; may be the rows themselves.
+    /// Where the exponentials go, if anywhere; may be the rows themselves, but not those of `from`.
     pub dst: Option<RowsMut<'a, T>>,
     /// Whether it is memory that no cache has: it is asked for, too.
     pub cold: bool,
