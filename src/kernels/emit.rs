@@ -33,6 +33,9 @@ fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: 
     // Of one length, known to the compiler: no check is left in the loops.
     let (whole, to) = (values.part(lead, len - lead), dst.part(lead, len - lead));
     let count = (len - lead) / step;
+    // A load right behind a masked store waits for it, and there the next row may begin: the last vector is stored whole, over what the others
+    // have written, and so made before they are stored.
+    let last = (!past && len >= step && len % step > 0).then(|| values.part(len - step, step).nth(isa, 0));
     if past {
         for k in 0..count {
             to.nth(k, step).stream(isa, 0, whole.nth(isa, k));
@@ -43,7 +46,9 @@ fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: 
         }
     }
     let i = lead + count * step;
-    if i < len {
+    if let Some(last) = last {
+        dst.store(isa, len - step, last);
+    } else if i < len {
         dst.store_partial(isa, i, len - i, values.partial(isa, i, len - i));
     }
 }

@@ -112,6 +112,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     let fused = fusing && x.len() >= FUSED && from.is_none();
     let together = (TOGETHER / (x.len() * size_of::<T>()).max(1) / (1 + usize::from(fused))).clamp(2, GROUP);
     let distance = if fused { 2 * together } else { together };
+    let had = had::<S, T>(x.len());
     // What is left of rows lane by lane is reduced row after row, away from the long chains of their exponentials.
     let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
     let (mut tops, mut rests) = ([lowest; GROUP], [Wide::<S>::zero(isa); GROUP]);
@@ -179,10 +180,10 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
             let sums = match next {
                 // (Where there is no next one, what is found out is not used.)
                 next if back && fusing && T::DTYPE == DType::F32 => {
-                    sum_row::<S, T, STORE, true, true>(isa, &at, top, row, next.unwrap_or(row), (ahead, later), dst)
+                    sum_row::<S, T, STORE, true, true>(isa, &at, top, &had, row, next.unwrap_or(row), (ahead, later), dst)
                 }
-                Some(next) if fusing => sum_row::<S, T, STORE, true, false>(isa, &at, top, row, next, (ahead, later), dst),
-                _ => sum_row::<S, T, STORE, false, false>(isa, &at, top, row, row, (ahead, later), dst),
+                Some(next) if fusing => sum_row::<S, T, STORE, true, false>(isa, &at, top, &had, row, next, (ahead, later), dst),
+                _ => sum_row::<S, T, STORE, false, false>(isa, &at, top, &had, row, row, (ahead, later), dst),
             };
             tile.ties[slot] = sums.ties as f64;
             (rests[r], tops[r]) = (sums.rest, sums.next);
@@ -251,14 +252,26 @@ fn place<const BACK: bool>(u: usize, step: usize) -> usize {
     if BACK { (3 - u) * step } else { u * step }
 }
 
-/// The first `n` classes, the last of them first.
+/// The last classes, a vector of them: those before them as well, where there are so many, otherwise less than one.
 #[inline(always)]
-fn last_backwards<S: Isa, T: Real>(isa: S, x: Span<T>, n: usize) -> Vf<S, T> {
-    let mut few = [T::NEG_INF; 16];
-    for (i, few) in few[..n].iter_mut().enumerate() {
-        *few = x.get(n - 1 - i);
+fn last<S: Isa, T: Real, const BACK: bool>(isa: S, x: Span<T>) -> Vf<S, T> {
+    let step = Vf::<S, T>::LANES;
+    if x.len() < step {
+        x.load_partial(isa, 0, x.len(), T::NEG_INF)
+    } else if BACK {
+        x.load(isa, 0).reverse()
+    } else {
+        x.load(isa, x.len() - step)
     }
-    Span::of(&few).load(isa, 0)
+}
+
+/// Lanes of [`last`] that are in whole vectors before it, or nothing: 1 there.
+#[inline(always)]
+fn had<S: Isa, T: Real>(len: usize) -> [T; 16] {
+    let step = Vf::<S, T>::LANES;
+    let mut had = [T::ONE; 16];
+    had[if len < step { 0..len } else { step - len % step..step }].fill(T::ZERO);
+    had
 }
 
 /// The classes of some groups of four vectors. TOP: the maximum may be among them.
@@ -310,8 +323,9 @@ fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
 #[inline(always)]
 fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: bool>(
     isa: S,
-    at: &Anchored<Vf<S, T>>,
+    exp: &Anchored<Vf<S, T>>,
     (top, peaks): (Vf<S, T>, &mut [Vf<S, T>; CHAINS]),
+    had: &[T; 16],
     x: Span<T>,
     next: Span<T>,
     (ahead, later): (*const u8, Option<*const u8>),
@@ -325,6 +339,8 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
     let dst = if STORE { dst.part(0, len) } else { dst };
     let row = Places { x, next, ahead, dst };
     let apart = apart::<S, T>(len);
+    // Before its exponentials may take the place of the classes before it.
+    let tail = if STORE { last::<S, T, BACK>(isa, x) } else { zero };
     let mut wide = Wide::zero(isa);
     let (mut to, mut max) = (Lanes { rest: [zero; 4], next: [lowest; 4], below: 0 }, lowest);
     let (mut k, mut i) = (0, 0);
@@ -339,35 +355,43 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
         to.rest = [zero; 4];
         let peak = &mut peaks[k / most % CHAINS];
         if apart && !peak.eq(top).any() {
-            sum_groups::<S, T, STORE, NEXT, false, BACK>(isa, at, top, k..end, row, &mut to);
+            sum_groups::<S, T, STORE, NEXT, false, BACK>(isa, exp, top, k..end, row, &mut to);
         } else {
-            sum_groups::<S, T, STORE, NEXT, true, BACK>(isa, at, top, k..end, row, &mut to);
+            sum_groups::<S, T, STORE, NEXT, true, BACK>(isa, exp, top, k..end, row, &mut to);
         }
         k = end;
         i = k * group;
-        while room && i < len {
-            let n = step.min(len - i);
+        while room && i + step <= len {
+            let at = if BACK { len - i - step } else { i };
             ask::<S, STORE, NEXT>(isa, ahead.wrapping_add(i * size_of::<T>()));
-            let from = if BACK { len - i - n } else { i };
             if NEXT {
-                let next = if n == step { next.load(isa, from) } else { next.load_partial(isa, from, n, T::NEG_INF) };
-                to.next[0] = next.max(to.next[0]);
+                to.next[0] = next.load(isa, at).max(to.next[0]);
             }
-            let v = if BACK {
-                if n == step { x.load(isa, from).reverse() } else { last_backwards(isa, x, n) }
-            } else if n == step {
-                x.load(isa, i)
-            } else {
-                x.load_partial(isa, i, n, T::NEG_INF)
-            };
-            let (p, q) = at.parts(v);
+            let v = x.load(isa, at);
+            let v = if BACK { v.reverse() } else { v };
+            let (p, q) = exp.parts(v);
             if STORE {
-                if n == step { dst.store(isa, i, p * q) } else { dst.store_partial(isa, i, n, p * q) }
+                dst.store(isa, i, p * q);
             }
             let others = v.ne(top);
             to.rest[1] = to.rest[1].fma_where(others, p, q);
-            to.below += others.count() - (step - n);
-            i += n;
+            to.below += others.count();
+            i += step;
+        }
+        if room && i < len {
+            ask::<S, STORE, NEXT>(isa, ahead.wrapping_add(i * size_of::<T>()));
+            if NEXT {
+                to.next[0] = last::<S, T, BACK>(isa, next).max(to.next[0]);
+            }
+            let v = if STORE { tail } else { last::<S, T, BACK>(isa, x) };
+            let (p, q) = exp.parts(v);
+            if STORE {
+                if len < step { dst.store_partial(isa, 0, len, p * q) } else { dst.store(isa, len - step, p * q) }
+            }
+            let others = Vf::<S, T>::select(Span::of(had).load(isa, 0).ne(zero), top, v).ne(top);
+            to.rest[1] = to.rest[1].fma_where(others, p, q);
+            to.below += others.count();
+            i = len;
         }
         let [a, b, c, d] = to.rest;
         T::add(isa, &mut wide, (a + b) + (c + d));
