@@ -25,9 +25,9 @@ use super::source::{
 use super::strip::{Finish, Strip, Total, collect, ignored, prepare, targets};
 use super::targets::NONE;
 
-/// Bytes of short rows that are worked on together: they stay in L1 until they are written. (Or not far from it: fewer rows at a time cost more by
-/// what they cost by themselves.)
-const ROOM: usize = 32 << 10;
+/// Bytes of short rows that are worked on together: part of L2, where they stay until they are written. (Fewer, which stay in L1, cost more by what
+/// a group of rows costs by itself.)
+const ROOM: usize = 128 << 10;
 
 /// Bytes of exponentials of long rows that are kept in scratch, where they cannot be kept in the result: part of L2.
 const KEPT: usize = 256 << 10;
