@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use crate::array::{Array, DType, Out};
 use crate::kernels::columns;
 use crate::kernels::finish::{Terms, WIDTH};
+use crate::kernels::short::MOST_SHORT;
 use crate::kernels::state::Pair;
 use crate::simd::Level;
 use crate::threads;
@@ -191,8 +192,10 @@ impl<'a> Job<'a> {
             _ => Stores::Cached,
         };
         let per_row = (TASK / classes.size.max(1)).min(TASK_ROWS);
-        let rows_per_task = if per_row >= WIDTH { per_row / WIDTH * WIDTH } else { per_row.max(1) };
-        let rows_per_task = rows_per_task.max(if by_rows { self::rows_per_task(rows.size, classes.size) } else { WIDTH });
+        let rows_per_task = per_row.max(if by_rows { self::rows_per_task(rows.size, classes.size) } else { WIDTH }).max(1);
+        // Whole strips, or what is left over would be a small one in every task.
+        let strip = if rows_per_task < WIDTH { MOST_SHORT } else { WIDTH };
+        let rows_per_task = if rows_per_task < strip { rows_per_task } else { rows_per_task / strip * strip };
         Ok(Self {
             kind,
             x,
