@@ -83,29 +83,31 @@ where
     }
 }
 
-/// Exponentials.
+/// Exponentials that are multiplied and nothing else: `min(a·e, most)`.
 #[derive(Clone, Copy)]
 struct Stored<'a, V: Vector> {
     e: Span<'a, V::Elem>,
-    scaling: Scaling<'a, V>,
+    a: V,
+    most: V,
 }
 
 impl<S: Isa, T: Real> Values<S, T> for Stored<'_, Vf<S, T>> {
     #[inline(always)]
     fn part(self, start: usize, len: usize) -> Self {
-        Self { e: self.e.part(start, len), scaling: self.scaling.part(start, len) }
+        Self { e: self.e.part(start, len), ..self }
     }
     #[inline(always)]
     fn nth(self, isa: S, k: usize) -> Vf<S, T> {
-        self.scaling.nth(isa, k, self.e.nth(k, Vf::<S, T>::LANES).load(isa, 0))
+        // In this order NaN passes.
+        self.most.min(self.e.nth(k, Vf::<S, T>::LANES).load(isa, 0) * self.a)
     }
     #[inline(always)]
     fn partial(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        self.scaling.partial(isa, i, n, self.e.load_partial(isa, i, n, T::ZERO))
+        self.most.min(self.e.load_partial(isa, i, n, T::ZERO) * self.a)
     }
 }
 
-/// Exponentials that are multiplied in two steps.
+/// Exponentials that are multiplied in two steps, less the dense stream.
 #[derive(Clone, Copy)]
 struct Balanced<'a, V: Vector> {
     e: Span<'a, V::Elem>,
@@ -264,23 +266,27 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        let exp = Exp::<Vf<S, T>>::new(isa, self.scale);
-        let len = self.dst.read().len();
-        let blocks = len.div_ceil(BLOCK);
-        for r in 0..self.dst.count() {
-            let dst = self.dst.row(r);
-            let src = self.half.map_or_else(|| Source::Wide(self.src.row(r)), |half| Source::Half(half.row(r)));
-            if self.references.is_empty() {
-                self.part(isa, &exp, self.first + r, None, src, self.t, dst);
-            } else {
-                for (index, &reference) in self.references[r * blocks..][..blocks].iter().enumerate() {
-                    let (start, n) = (index * BLOCK, BLOCK.min(len - index * BLOCK));
-                    let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
-                    self.part(isa, &exp, self.first + r, Some(reference), src.part(start, n), t, dst.part(start, n));
-                }
+        let count = self.dst.count();
+        let products = self.from == From::Stored && self.t.is_empty() && !self.past;
+        if self.from == From::Logs {
+            let scale = splat::<S, T>(isa, self.scale);
+            for (r, slot) in (0..count).zip(self.first..) {
+                let (max, log_sum) = (splat::<S, T>(isa, self.tile.max[slot]), splat::<S, T>(isa, self.tile.log_sum[slot]));
+                write(isa, Logs { x: self.source(r), max, scale, log_sum }, self.dst.row(r), self.past);
             }
-            if self.most == 1.0 && self.tile.top[self.first + r] == SURE {
-                crown(dst);
+        } else if products && self.references.is_empty() && self.tile.a[self.first..][..count].iter().all(|a| a.abs() >= Self::TINY) {
+            let most = splat::<S, T>(isa, self.most);
+            for (r, slot) in (0..count).zip(self.first..) {
+                write(isa, Stored { e: self.src.row(r), a: splat::<S, T>(isa, self.tile.a[slot]), most }, self.dst.row(r), false);
+            }
+        } else {
+            self.blocks(isa, products);
+        }
+        if self.most == 1.0 {
+            for (r, slot) in (0..count).zip(self.first..) {
+                if self.tile.top[slot] == SURE {
+                    crown(self.dst.row(r));
+                }
             }
         }
         if self.past {
@@ -290,30 +296,51 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
 }
 
 impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
+    /// Factors below may leave the normal numbers where the product does not.
+    const TINY: f64 = if matches!(T::DTYPE, DType::F64) { 1e-250 } else { 1e-30 };
+
     #[inline(always)]
-    fn part<S: Isa>(
-        &self,
-        isa: S,
-        exp: &Exp<Vf<S, T>>,
-        slot: usize,
-        reference: Option<Reference>,
-        src: Source<T>,
-        t: Span<T>,
-        dst: SpanMut<O>,
-    ) {
-        let tile = self.tile;
-        let own = Reference { k: tile.k[slot], b: tile.b[slot] };
-        if self.from == From::Logs {
-            let max = splat::<S, T>(isa, tile.max[slot]);
-            let (scale, log_sum) = (splat::<S, T>(isa, self.scale), splat::<S, T>(isa, tile.log_sum[slot]));
-            return write(isa, Logs { x: src, max, scale, log_sum }, dst, self.past);
+    fn source(&self, r: usize) -> Source<'_, T> {
+        self.half.map_or_else(|| Source::Wide(self.src.row(r)), |half| Source::Half(half.row(r)))
+    }
+
+    /// Rows whose blocks have references of their own, or that take more than a product.
+    #[inline(always)]
+    fn blocks<S: Isa>(&self, isa: S, products: bool) {
+        let exp = Exp::<Vf<S, T>>::new(isa, self.scale);
+        let (len, most) = (self.dst.read().len(), splat::<S, T>(isa, self.most));
+        let (blocks, size) = if self.references.is_empty() { (1, len) } else { (len.div_ceil(BLOCK), BLOCK) };
+        for r in 0..self.dst.count() {
+            let (src, dst, slot) = (self.source(r), self.dst.row(r), self.first + r);
+            for index in 0..blocks {
+                let (start, n) = (index * size, size.min(len - index * size));
+                let factor = self.references.get(r * blocks + index).map_or(1.0, |reference| reference.factor(self.own(slot), self.scale));
+                let a = self.tile.a[slot] * factor;
+                let (src, dst) = (src.part(start, n), dst.part(start, n));
+                match src {
+                    Source::Wide(e) if products && a.abs() >= Self::TINY => {
+                        write(isa, Stored { e, a: splat::<S, T>(isa, a), most }, dst, false);
+                    }
+                    _ => {
+                        let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
+                        self.part(isa, &exp, slot, factor, src, t, dst);
+                    }
+                }
+            }
         }
+    }
+
+    fn own(&self, slot: usize) -> Reference {
+        Reference { k: self.tile.k[slot], b: self.tile.b[slot] }
+    }
+
+    #[inline(always)]
+    fn part<S: Isa>(&self, isa: S, exp: &Exp<Vf<S, T>>, slot: usize, factor: f64, src: Source<T>, t: Span<T>, dst: SpanMut<O>) {
+        let tile = self.tile;
         // In one factor, unless it leaves the normal numbers where the result may not.
-        let factor = reference.map_or(1.0, |reference| reference.factor(own, self.scale));
         let a = tile.a[slot];
-        let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
         let shift = T::BIAS.to_f64().exp2();
-        let (a, factor) = match ((a * factor).abs() < tiny, a.abs() < tiny) {
+        let (a, factor) = match ((a * factor).abs() < Self::TINY, a.abs() < Self::TINY) {
             (false, _) => (a * factor, 1.0),
             (true, false) => (a, factor),
             (true, true) => (a * shift, factor / shift),
@@ -325,16 +352,17 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
             g: splat::<S, T>(isa, slope),
             t: (!t.is_empty()).then_some(t),
         };
-        if self.from == From::Anew {
-            let at = exp.anchor(splat::<S, T>(isa, own.k - factor.log2()));
-            return write(isa, Anew { x: src, at, b: splat::<S, T>(isa, own.b), scaling }, dst, self.past);
-        }
-        // Exponentials are never halves.
-        let Source::Wide(e) = src else { return };
-        if factor == 1.0 {
-            write(isa, Stored { e, scaling }, dst, self.past);
-        } else {
-            write(isa, Balanced { e, factor: splat::<S, T>(isa, factor), scaling }, dst, false);
+        match (self.from, src) {
+            (From::Stored, Source::Wide(e)) => {
+                write(isa, Balanced { e, factor: splat::<S, T>(isa, factor), scaling }, dst, self.past);
+            }
+            // Exponentials are never halves.
+            (From::Stored, Source::Half(_)) => {}
+            _ => {
+                let own = self.own(slot);
+                let at = exp.anchor(splat::<S, T>(isa, own.k - factor.log2()));
+                write(isa, Anew { x: src, at, b: splat::<S, T>(isa, own.b), scaling }, dst, self.past);
+            }
         }
     }
 }
