@@ -115,7 +115,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     let had = had::<S, T>(x.len());
     // What is left of rows lane by lane is reduced row after row, away from the long chains of their exponentials.
     let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
-    let (mut tops, mut rests) = ([lowest; GROUP], [Wide::<S>::zero(isa); GROUP]);
+    let (mut tops, mut lasts, mut rests) = ([lowest; GROUP], [lowest; GROUP], [Wide::<S>::zero(isa); GROUP]);
     let mut peaks = [[lowest; CHAINS]; GROUP];
     let (mut top, mut magic, mut floor) = ([T::ZERO; GROUP], [T::ZERO; GROUP], [T::ZERO; GROUP]);
     let mut left = false;
@@ -186,9 +186,10 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 _ => sum_row::<S, T, STORE, false, false>(isa, &at, top, &had, row, row, (ahead, later), dst),
             };
             tile.ties[slot] = sums.ties as f64;
-            (rests[r], tops[r]) = (sums.rest, sums.next);
+            (rests[r], lasts[r], tops[r]) = (sums.rest, sums.last, sums.next);
         }
-        for (rest, lanes) in tile.rest[first..first + n].iter_mut().zip(&rests) {
+        for ((rest, lanes), &last) in tile.rest[first..first + n].iter_mut().zip(&mut rests).zip(&lasts) {
+            T::add(isa, lanes, last);
             *rest = T::total(*lanes).value();
         }
         first += n;
@@ -212,7 +213,9 @@ fn chains_max<S: Isa, T: Real>(isa: S, x: Span<T>, peaks: &mut [Vf<S, T>; CHAINS
 
 /// What is known of a row, and of the one whose maximum was taken meanwhile.
 struct Sums<S: Isa, T: Real> {
+    /// All chains but the last one, which is added to them later: away from the long chains of exponentials, like all that is done lane by lane.
     rest: Wide<S>,
+    last: Vf<S, T>,
     ties: usize,
     next: Vf<S, T>,
 }
@@ -254,7 +257,7 @@ fn place<const BACK: bool>(u: usize, step: usize) -> usize {
 
 /// The last classes, a vector of them: those before them as well, where there are so many, otherwise less than one.
 #[inline(always)]
-fn last<S: Isa, T: Real, const BACK: bool>(isa: S, x: Span<T>) -> Vf<S, T> {
+fn end_of<S: Isa, T: Real, const BACK: bool>(isa: S, x: Span<T>) -> Vf<S, T> {
     let step = Vf::<S, T>::LANES;
     if x.len() < step {
         x.load_partial(isa, 0, x.len(), T::NEG_INF)
@@ -265,7 +268,7 @@ fn last<S: Isa, T: Real, const BACK: bool>(isa: S, x: Span<T>) -> Vf<S, T> {
     }
 }
 
-/// Lanes of [`last`] that are in whole vectors before it, or nothing: 1 there.
+/// Lanes of [`end_of`] that are in whole vectors before it, or nothing: 1 there.
 #[inline(always)]
 fn had<S: Isa, T: Real>(len: usize) -> [T; 16] {
     let step = Vf::<S, T>::LANES;
@@ -340,9 +343,9 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
     let row = Places { x, next, ahead, dst };
     let apart = apart::<S, T>(len);
     // Before its exponentials may take the place of the classes before it.
-    let tail = if STORE { last::<S, T, BACK>(isa, x) } else { zero };
+    let tail = if STORE { end_of::<S, T, BACK>(isa, x) } else { zero };
     let mut wide = Wide::zero(isa);
-    let (mut to, mut max) = (Lanes { rest: [zero; 4], next: [lowest; 4], below: 0 }, lowest);
+    let (mut to, mut max, mut last) = (Lanes { rest: [zero; 4], next: [lowest; 4], below: 0 }, lowest, zero);
     let (mut k, mut i) = (0, 0);
     while i < len {
         let end = (len / group).min(k + most);
@@ -381,9 +384,9 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
         if room && i < len {
             ask::<S, STORE, NEXT>(isa, ahead.wrapping_add(i * size_of::<T>()));
             if NEXT {
-                to.next[0] = last::<S, T, BACK>(isa, next).max(to.next[0]);
+                to.next[0] = end_of::<S, T, BACK>(isa, next).max(to.next[0]);
             }
-            let v = if STORE { tail } else { last::<S, T, BACK>(isa, x) };
+            let v = if STORE { tail } else { end_of::<S, T, BACK>(isa, x) };
             let (p, q) = exp.parts(v);
             if STORE {
                 if len < step { dst.store_partial(isa, 0, len, p * q) } else { dst.store(isa, len - step, p * q) }
@@ -394,7 +397,10 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
             i = len;
         }
         let [a, b, c, d] = to.rest;
-        T::add(isa, &mut wide, (a + b) + (c + d));
+        last = (a + b) + (c + d);
+        if i < len {
+            T::add(isa, &mut wide, last);
+        }
         if NEXT && apart {
             let [a, b, c, d] = core::mem::replace(&mut to.next, [lowest; 4]);
             *peak = a.max(b).max(c.max(d));
@@ -405,5 +411,5 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
         let [a, b, c, d] = to.next;
         max = a.max(b).max(c.max(d));
     }
-    Sums { rest: wide, ties: len - to.below, next: max }
+    Sums { rest: wide, last, ties: len - to.below, next: max }
 }
