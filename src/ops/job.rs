@@ -192,7 +192,7 @@ impl<'a> Job<'a> {
             _ => Stores::Cached,
         };
         let per_row = (TASK / classes.size.max(1)).min(TASK_ROWS);
-        let rows_per_task = per_row.max(if by_rows { self::rows_per_task(rows.size, classes.size) } else { WIDTH }).max(1);
+        let rows_per_task = per_row.max(if by_rows { rows_per_task(rows.size, classes.size) } else { WIDTH });
         // Whole strips, or what is left over would be a small one in every task.
         let strip = if rows_per_task < WIDTH { MOST_SHORT } else { WIDTH };
         let rows_per_task = if rows_per_task < strip { rows_per_task } else { rows_per_task / strip * strip };
