@@ -3,7 +3,7 @@
 use crate::array::{DType, Float, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 
-use super::finish::Tile;
+use super::finish::{Tile, WIDTH};
 use super::input::{Ahead, Backwards, Raw};
 use super::math::{Anchored, Exp, Real};
 use super::rows::{block_max, chain};
@@ -61,7 +61,7 @@ impl<'a, T: Float> RawRows<'a, T> {
 }
 
 /// Most rows in one go of [`Short`].
-pub const MOST_SHORT: usize = 128;
+pub const MOST_SHORT: usize = WIDTH;
 
 /// Bytes of rows whose maxima are taken before the first of them is read again: they are still in L1 then, and so are as many if they are
 /// taken in the loops over the rows before.

@@ -5,7 +5,6 @@ use std::sync::Mutex;
 use crate::array::{Array, DType, Out};
 use crate::kernels::columns;
 use crate::kernels::finish::{Terms, WIDTH};
-use crate::kernels::short::MOST_SHORT;
 use crate::kernels::state::Pair;
 use crate::simd::Level;
 use crate::threads;
@@ -194,8 +193,7 @@ impl<'a> Job<'a> {
         let per_row = (TASK / classes.size.max(1)).min(TASK_ROWS);
         let rows_per_task = per_row.max(if by_rows { rows_per_task(rows.size, classes.size) } else { WIDTH });
         // Whole strips, or what is left over would be a small one in every task.
-        let strip = if rows_per_task < WIDTH { MOST_SHORT } else { WIDTH };
-        let rows_per_task = if rows_per_task < strip { rows_per_task } else { rows_per_task / strip * strip };
+        let rows_per_task = if rows_per_task < WIDTH { rows_per_task } else { rows_per_task / WIDTH * WIDTH };
         Ok(Self {
             kind,
             x,
