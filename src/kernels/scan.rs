@@ -415,30 +415,39 @@ pub fn larger<S: Isa, T: Real>(isa: S, block: Span<T>, x: T) -> usize {
 }
 
 /// The k largest classes of a row as far as it was read: candidates are collected until there are too many, and then those that cannot be
-/// among the k are dropped. What remains afterwards is a threshold that few vectors reach.
+/// among the k are dropped. What remains afterwards is a threshold that few vectors reach; if k is small, those that do are put in order at once.
 #[derive(Debug)]
 pub struct Largest<T> {
     k: usize,
     room: usize,
     /// As float64: one sort for all types.
     found: Vec<(f64, usize)>,
+    /// Whether the first k are in order.
+    in_order: bool,
     /// The k-th largest, once there were k.
     threshold: Option<T>,
 }
 
 impl<T> Default for Largest<T> {
     fn default() -> Self {
-        Self { k: 0, room: 0, found: Vec::new(), threshold: None }
+        Self { k: 0, room: 0, found: Vec::new(), in_order: false, threshold: None }
     }
 }
+
+/// Most classes that are put in order.
+const SMALL: usize = 64;
+
+/// Most candidates of four vectors that are put in order one by one.
+const FEW: usize = 8;
 
 impl<T: Float> Largest<T> {
     /// Begins a row. False where there is no memory.
     pub fn begin(&mut self, k: usize) -> bool {
-        (self.k, self.room, self.threshold) = (k, k.saturating_add(k.max(64)), None);
+        self.room = if k <= SMALL { k + 1 } else { k.saturating_add(k) };
+        (self.k, self.threshold, self.in_order) = (k, None, false);
         self.found.clear();
-        // A block is looked at vector by vector: one more of them than there is room for.
-        self.found.try_reserve(self.room.saturating_add(16)).is_ok()
+        // A block is looked at by four vectors: so many more than there is room for.
+        self.found.try_reserve(self.room.saturating_add(64)).is_ok()
     }
 
     /// Reads the classes from `start` on, of which `top` is the maximum, lane by lane. Ascending: of equals the first stays.
@@ -450,28 +459,50 @@ impl<T: Float> Largest<T> {
         }
         let mut i = 0;
         while i < x.len() {
-            let n = step.min(x.len() - i);
-            let v = x.load_partial(isa, i, n, T::NEG_INF);
-            let mask = match self.threshold {
-                Some(than) => Vf::<S, T>::splat(isa, than).lt(v),
-                None => v.eq(v),
-            };
-            let mut bits = mask.bits() & (u64::MAX >> (64 - n));
-            while bits != 0 {
-                let class = i + bits.trailing_zeros() as usize;
-                self.found.push((x.get(class).to_f64(), start + class));
-                bits &= bits - 1;
+            let n = (4 * step).min(x.len() - i);
+            let part = x.part(i, n);
+            let mut bits = 0;
+            for u in 0..4 {
+                let (at, len) = (u * step, n.saturating_sub(u * step).min(step));
+                let v = if n == 4 * step { part.load(isa, at) } else { part.load_partial(isa, at.min(n), len, T::NEG_INF) };
+                let mask = match self.threshold {
+                    Some(than) => Vf::<S, T>::splat(isa, than).lt(v),
+                    None => v.eq(v),
+                };
+                bits |= mask.bits() << at;
             }
-            if self.found.len() >= self.room {
-                self.drop_others();
+            bits &= u64::MAX >> (64 - n);
+            if bits != 0 {
+                let before = self.found.len();
+                while bits != 0 {
+                    let class = bits.trailing_zeros() as usize;
+                    self.found.push((part.get(class).to_f64(), start + i + class));
+                    bits &= bits - 1;
+                }
+                self.settle(before);
             }
             i += n;
+        }
+    }
+
+    /// After more than `before` were found.
+    fn settle(&mut self, before: usize) {
+        if self.k <= SMALL && before == self.k && self.found.len() - before <= FEW {
+            if !self.in_order {
+                sort(&mut self.found[..before]);
+                self.in_order = true;
+            }
+            put_in_order(&mut self.found, before);
+            self.threshold = self.found.last().map(|&(x, _)| T::from_f64(x));
+        } else if self.found.len() >= self.room {
+            self.drop_others();
         }
     }
 
     fn drop_others(&mut self) {
         if self.found.len() > self.k {
             select(&mut self.found, self.k);
+            self.in_order = false;
         }
         if self.found.len() == self.k {
             self.threshold = self.found.iter().map(|&(x, _)| x).reduce(|a, b| if b < a { b } else { a }).map(T::from_f64);
@@ -486,6 +517,26 @@ impl<T: Float> Largest<T> {
         sort(&mut self.found);
         &self.found
     }
+}
+
+/// Puts all behind the first k to their places among these, which are in order and stay k.
+#[inline(never)]
+fn put_in_order(found: &mut Vec<(f64, usize)>, k: usize) {
+    let (first, others) = found.split_at_mut(k);
+    for new in others {
+        // From behind, as most go there; behind equals, which came before.
+        let mut at = k;
+        while at > 0 && first[at - 1].0 < new.0 {
+            if at < k {
+                first[at] = first[at - 1];
+            }
+            at -= 1;
+        }
+        if at < k {
+            first[at] = *new;
+        }
+    }
+    found.truncate(k);
 }
 
 /// Keeps the first k.
