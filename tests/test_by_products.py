@@ -210,6 +210,28 @@ def test_pairwise(chunk):
             run_case(case, seed, f"{level} case {seed} {case}:")
 
 
+@pytest.mark.parametrize("classes", [65, 1025, 3000])
+def test_largest_of_rows_in_any_order(dtype, classes, rng):
+    x = rng.normal(0, 3, (9, classes))
+    x[1].sort()
+    x[2] = np.sort(x[2])[::-1]
+    x[3] = 1.5
+    x[4] = rng.integers(0, 7, classes)
+    x[5, rng.random(classes) < 0.99] = -INF
+    x[6, classes // 2 :] += 40
+    x[7] = np.repeat(np.arange(classes // 40 + 1), 40)[:classes]
+    x[8, rng.random(classes) < 0.1] = NAN
+    x = x.astype(dtype)
+    by_rows = (np.argsort(-x.astype(F64), axis=-1, kind="stable"), x, -1)
+    by_columns = (by_rows[0].T, np.ascontiguousarray(x.T), 0)
+    for level in each_level():
+        for k in (1, 2, 8, 20, 63, 64, 65, 129, classes):
+            for order, given_x, axis in (by_rows, by_columns):
+                if k <= classes:
+                    indices = ce.topk_logprobs(given_x, k, axis=axis)[1]
+                    np.testing.assert_array_equal(indices, order[:k] if axis == 0 else order[:, :k], err_msg=f"{level} k={k} axis={axis}")
+
+
 @pytest.mark.parametrize("inner", [False, True], ids=["rows", "columns"])
 def test_every_length(dtype, inner):
     rng = np.random.default_rng(3)
