@@ -53,7 +53,7 @@ fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: 
     }
 }
 
-/// `min(a·e, most) − g·t`.
+/// `min(a·e, most) − g·t`, or `− g` where there is no stream.
 #[derive(Clone, Copy)]
 struct Scaling<'a, V: Vector> {
     a: V,
@@ -74,21 +74,22 @@ where
     fn nth(self, isa: V::Isa, k: usize, e: V) -> V {
         // In this order NaN passes.
         let v = self.most.min(e * self.a);
-        self.t.map_or(v, |t| v - t.nth(k, V::LANES).load(isa, 0) * self.g)
+        v - self.t.map_or(self.g, |t| t.nth(k, V::LANES).load(isa, 0) * self.g)
     }
     #[inline(always)]
     fn partial(self, isa: V::Isa, i: usize, n: usize, e: V) -> V {
         let v = self.most.min(e * self.a);
-        self.t.map_or(v, |t| v - t.load_partial(isa, i, n, V::Elem::ZERO) * self.g)
+        v - self.t.map_or(self.g, |t| t.load_partial(isa, i, n, V::Elem::ZERO) * self.g)
     }
 }
 
-/// Exponentials that are multiplied and nothing else: `min(a·e, most)`.
+/// Exponentials that are multiplied, less what is the same for all of them: `min(a·e, most) − g`.
 #[derive(Clone, Copy)]
 struct Stored<'a, V: Vector> {
     e: Span<'a, V::Elem>,
     a: V,
     most: V,
+    g: V,
 }
 
 impl<S: Isa, T: Real> Values<S, T> for Stored<'_, Vf<S, T>> {
@@ -99,11 +100,11 @@ impl<S: Isa, T: Real> Values<S, T> for Stored<'_, Vf<S, T>> {
     #[inline(always)]
     fn nth(self, isa: S, k: usize) -> Vf<S, T> {
         // In this order NaN passes.
-        self.most.min(self.e.nth(k, Vf::<S, T>::LANES).load(isa, 0) * self.a)
+        self.most.min(self.e.nth(k, Vf::<S, T>::LANES).load(isa, 0) * self.a) - self.g
     }
     #[inline(always)]
     fn partial(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        self.most.min(self.e.load_partial(isa, i, n, T::ZERO) * self.a)
+        self.most.min(self.e.load_partial(isa, i, n, T::ZERO) * self.a) - self.g
     }
 }
 
@@ -236,7 +237,7 @@ fn crown<O: Element>(dst: SpanMut<O>) {
     }
 }
 
-/// Results of rows that were finished, or of one block of a row, as a kernel: `min(a·e, most) − slope·t`.
+/// Results of rows that were finished, or of one block of a row, as a kernel: `min(a·e, most) − slope·t`, where t may be the same for all classes.
 pub struct Emit<'a, T, O> {
     /// 1 / temperature.
     pub scale: f64,
@@ -254,6 +255,8 @@ pub struct Emit<'a, T, O> {
     pub half: Option<HalfRows<'a>>,
     /// The dense stream, or nothing.
     pub t: Span<'a, T>,
+    /// Whether the tile's shares stand for it.
+    pub even: bool,
     /// References of the exponentials, block by block of all rows; those of the rows where it is empty.
     pub references: &'a [Reference],
     /// The results; may be where `src` is.
@@ -277,7 +280,8 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
         } else if products && self.references.is_empty() && self.tile.a[self.first..][..count].iter().all(|a| a.abs() >= Self::TINY) {
             let most = splat::<S, T>(isa, self.most);
             for (r, slot) in (0..count).zip(self.first..) {
-                write(isa, Stored { e: self.src.row(r), a: splat::<S, T>(isa, self.tile.a[slot]), most }, self.dst.row(r), false);
+                let (a, g) = (splat::<S, T>(isa, self.tile.a[slot]), self.shared(isa, slot));
+                write(isa, Stored { e: self.src.row(r), a, most, g }, self.dst.row(r), false);
             }
         } else {
             self.blocks(isa, products);
@@ -299,6 +303,12 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
     /// Factors below may leave the normal numbers where the product does not.
     const TINY: f64 = if matches!(T::DTYPE, DType::F64) { 1e-250 } else { 1e-30 };
 
+    /// What is taken off all classes of a row.
+    #[inline(always)]
+    fn shared<S: Isa>(&self, isa: S, slot: usize) -> Vf<S, T> {
+        splat::<S, T>(isa, if self.even { self.tile.slope[slot] * self.tile.share[slot] } else { 0.0 })
+    }
+
     #[inline(always)]
     fn source(&self, r: usize) -> Source<'_, T> {
         self.half.map_or_else(|| Source::Wide(self.src.row(r)), |half| Source::Half(half.row(r)))
@@ -319,7 +329,7 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
                 let (src, dst) = (src.part(start, n), dst.part(start, n));
                 match src {
                     Source::Wide(e) if products && a.abs() >= Self::TINY => {
-                        write(isa, Stored { e, a: splat::<S, T>(isa, a), most }, dst, false);
+                        write(isa, Stored { e, a: splat::<S, T>(isa, a), most, g: self.shared(isa, slot) }, dst, false);
                     }
                     _ => {
                         let t = if self.t.is_empty() { self.t } else { self.t.part(start, n) };
@@ -345,11 +355,10 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
             (true, false) => (a, factor),
             (true, true) => (a * shift, factor / shift),
         };
-        let slope = if t.is_empty() { 0.0 } else { tile.slope[slot] };
         let scaling = Scaling {
             a: splat::<S, T>(isa, a),
             most: splat::<S, T>(isa, self.most),
-            g: splat::<S, T>(isa, slope),
+            g: if t.is_empty() { self.shared(isa, slot) } else { splat::<S, T>(isa, tile.slope[slot]) },
             t: (!t.is_empty()).then_some(t),
         };
         match (self.from, src) {

@@ -32,6 +32,8 @@ pub struct Tile {
     pub lin: Vec<f64>,
     pub t_rest: Vec<f64>,
     pub t_top: Vec<f64>,
+    /// What every class of the row has of the target, where that takes no stream.
+    pub share: Vec<f64>,
     /// Multiplies loss and gradient of the row (sample weight).
     pub weight: Vec<f64>,
     /// Multiplies the gradient of the row, the sample weight included.
@@ -79,6 +81,7 @@ impl Tile {
             &mut self.lin,
             &mut self.t_rest,
             &mut self.t_top,
+            &mut self.share,
             &mut self.weight,
             &mut self.g,
             &mut self.slope,

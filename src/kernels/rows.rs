@@ -98,6 +98,46 @@ fn block_depth<S: Isa, T: Real>(isa: S, x: Span<T>) -> T {
     (-min[0].min(min[1])).reduce_max()
 }
 
+/// Adds how far the classes are below `origin`, and says where the first that equals `top` is.
+#[inline(always)]
+pub(super) fn add_distances<S: Isa, T: Summand>(isa: S, x: Span<T>, top: T, origin: T, sum: &mut Wide<S>) -> usize {
+    let (step, group) = (Vf::<S, T>::LANES, 4 * Vf::<S, T>::LANES);
+    let zero = Vf::<S, T>::splat(isa, T::ZERO);
+    let (top, from) = (Vf::<S, T>::splat(isa, top), Vf::<S, T>::splat(isa, origin));
+    let (mut first, mut i) = (usize::MAX, 0);
+    while i < x.len() {
+        let end = (i + chain::<S, T>()).min(x.len());
+        let mut lanes = [zero; 4];
+        while i + group <= end {
+            let part = x.part(i, group);
+            let mut seen = 0;
+            for (u, lane) in lanes.iter_mut().enumerate() {
+                let v = part.load(isa, u * step);
+                *lane = *lane + (from - v);
+                seen |= v.eq(top).bits() << (u * step);
+            }
+            if seen != 0 {
+                first = first.min(i + seen.trailing_zeros() as usize);
+            }
+            i += group;
+        }
+        while i < end {
+            let n = step.min(end - i);
+            // What is not there is not below.
+            let v = x.load_partial(isa, i, n, origin);
+            lanes[0] = lanes[0] + (from - v);
+            let seen = v.eq(top).bits() & (u64::MAX >> (64 - n));
+            if seen != 0 {
+                first = first.min(i + seen.trailing_zeros() as usize);
+            }
+            i += n;
+        }
+        let [a, b, c, d] = lanes;
+        T::add(isa, sum, (a + b) + (c + d));
+    }
+    first
+}
+
 /// Says where the first class equal to `top` is and sums the targets of all that are.
 #[inline(always)]
 fn find_top<S: Isa, T: Real>(isa: S, x: Span<T>, t: Span<T>, top: Vf<S, T>) -> (usize, Pair) {
@@ -358,6 +398,8 @@ pub struct Reduce<'a, T> {
     pub x: Input<'a, T>,
     /// The dense target stream.
     pub t: Input<'a, T>,
+    /// Whether Σ (max − x) is wanted, which a target that is the same for every class needs: it goes to the state's `lin`. Not with a stream.
+    pub distances: bool,
     /// Where e = exp(x − b)·2^−k goes, if anywhere; may be the row itself.
     pub dst: Option<SpanMut<'a, T>>,
     /// Whether that is memory that no cache has: it is asked for, too.
@@ -407,9 +449,9 @@ fn capped<T: Real>(level: Level, cap: Cap<T>, x: T) -> T {
 
 #[inline(always)]
 fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<T>, bent: &mut [T]) -> State {
-    let Reduce { scale, classes, mut x, mut t, dst, cold, references, known, mut wanted } = job;
+    let Reduce { scale, classes, mut x, mut t, distances, dst, cold, references, known, mut wanted } = job;
     let setup = &Setup::<S, T>::new(isa, scale);
-    let (lin, store) = (!CAP && !matches!(t, Input::None), dst.is_some());
+    let (lin, distances, store) = (!CAP && !matches!(t, Input::None), !CAP && distances, dst.is_some());
     let dst = dst.unwrap_or(SpanMut::of(&mut []));
     let mut max = T::NEG_INF;
     let mut reference = Reference::of(max, &setup.exp1, setup.scale);
@@ -447,6 +489,9 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
                 rest.scale(isa, factor);
                 rest_extra.scale(factor);
                 rest_extra.add(ties * exp_f64(isa, (max.to_f64() - moved.b) * setup.scale, moved.k));
+                if distances {
+                    spread_extra.add(start as f64 * (candidate.to_f64() - max.to_f64()));
+                }
                 if lin {
                     t_extra.merge(t_top);
                     let mut weight = T::total(t_rest);
@@ -483,8 +528,16 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
             arg = arg.min(start.saturating_add(first));
             t_top.merge(weight);
         }
+        if distances {
+            // Before its exponentials may take the place of the block.
+            let origin = if max.to_f64().is_finite() { max } else { T::ZERO };
+            let first = add_distances(isa, block, max, origin, &mut spread);
+            if tops {
+                arg = arg.min(start.saturating_add(first));
+            }
+        }
         let usual = !(far || lin || CAP) && S::LEVEL != Level::Scalar;
-        if skims && usual && !tops {
+        if skims && usual && !tops && !distances {
             // Up to the block with a class that is to be told, or the last one that has a whole one after it. (Of float64 it is not worth its code.)
             let until = wanted.classes.first().map_or(usize::MAX, |&(class, _)| class / BLOCK).min((classes / BLOCK).saturating_sub(1));
             if index < until {
@@ -624,6 +677,9 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         index += 1;
     }
     rest_extra.merge(T::total(rest));
+    if distances {
+        spread_extra.merge(T::total(spread));
+    }
     if lin {
         spread_extra.merge(T::total(spread));
         t_extra.merge(T::total(t_rest));

@@ -6,7 +6,7 @@ use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 use super::finish::{Tile, WIDTH};
 use super::input::{Ahead, Backwards, Raw};
 use super::math::{Anchored, Exp, Real};
-use super::rows::{block_max, chain};
+use super::rows::{add_distances, block_max, chain};
 use super::state::{Summand, Wide, splat};
 
 /// Rows of one block each, without a dense stream, as a kernel: their states go to the tile, from its first row on.
@@ -28,6 +28,8 @@ pub struct Short<'a, T> {
     pub dst: Option<RowsMut<'a, T>>,
     /// Whether it is memory that no cache has: it is asked for, too.
     pub cold: bool,
+    /// Whether Σ (max − x) is wanted: it goes to `lin`, and a class that has the maximum to `arg`.
+    pub distances: bool,
     /// A class of each row, or nothing: their logits go to `x_target`.
     pub classes: &'a [usize],
     /// Gets `max`, `ties`, `k`, `b` and `rest`.
@@ -94,7 +96,7 @@ impl<T: Summand> Kernel for Short<'_, T> {
 
 #[inline(always)]
 fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
-    let Short { scale, mut x, mut from, wanted, dst, cold, classes, tile } = job;
+    let Short { scale, mut x, mut from, wanted, dst, cold, distances, classes, tile } = job;
     let dst = dst.unwrap_or(RowsMut::single(SpanMut::of(&mut [])));
     let exp = Exp::<Vf<S, T>>::new(isa, scale).opaque();
     let limit = T::from_f64(T::LIMIT.to_f64() / scale);
@@ -152,6 +154,14 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
             // Before exponentials take its place.
             if let Some(&class) = classes.get(slot) {
                 tile.x_target[slot] = x.row(slot).get(if back { x.len() - 1 - class } else { class }).to_f64();
+            }
+        }
+        if distances {
+            for (&max, slot) in top[..n].iter().zip(first..) {
+                let mut sum = Wide::zero(isa);
+                let at = add_distances(isa, x.row(slot), max, max, &mut sum);
+                tile.lin[slot] = T::total_called(sum).value();
+                tile.arg[slot] = if back { (x.len() - 1).wrapping_sub(at) } else { at } as f64;
             }
         }
         for r in 0..n {

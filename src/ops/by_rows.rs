@@ -41,7 +41,7 @@ const LONG: usize = BLOCK + BLOCK / 2;
 
 /// Rows `first..last`; their losses are added to `total`.
 pub(super) fn run<T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
-    let short = job.classes.size <= BLOCK && !job.terms.dense && job.level != Level::Scalar;
+    let short = job.classes.size <= BLOCK && (!job.terms.dense || job.even()) && job.level != Level::Scalar;
     let width = if short && job.out.is_none() {
         MOST_SHORT
     } else if short {
@@ -156,7 +156,7 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
     };
     let scale = job.terms.scale;
     let (wanted, cold) = (job.kind == Kind::LogSoftmax, in_result && job.stores != Stores::Cached);
-    if job.level.run(Short { scale, x, from, wanted, dst: e, cold, classes: target, tile }) {
+    if job.level.run(Short { scale, x, from, wanted, dst: e, cold, distances: job.even(), classes: target, tile }) {
         for slot in 0..n {
             if !tile.ties[slot].is_nan() {
                 continue;
@@ -169,6 +169,7 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
                 classes,
                 x: Input::row(x.row(slot)),
                 t: Input::None,
+                distances: job.even(),
                 dst: e.map(|e| e.row(slot)),
                 cold: false,
                 references: &mut [],
@@ -179,6 +180,7 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
         }
     }
     let terms = Terms { plain, ..job.terms };
+    share_evenly(strip, tile);
     job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
     if let Some((out, (base, rows))) = out {
         unbend_patches(job, kept, tile);
@@ -196,6 +198,10 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
         }
         match &job.labels {
             Some(labels) if labels.entries == 1 && job.direct_out => {
+                if job.terms.dense {
+                    let lone = (0..n).filter(|&slot| tile.ties[slot] == 1.0).map(|slot| (slot, tile.arg[slot] as usize, tile.top[slot]));
+                    T::of_type(out.array().dtype(), Set { to: To::Rows(out, base, rows, classes), values: lone });
+                }
                 let exact = kept.iter().zip(target).enumerate().filter(|(_, (row, _))| labels.class[**row] != NONE);
                 let values = exact.map(|(slot, (_, &class))| (slot, class, tile.patch[slot]));
                 T::of_type(out.array().dtype(), Set { to: To::Rows(out, base, rows, classes), values });
@@ -244,7 +250,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
     let exponentials = room(exponentials, if store && !in_result { n * classes } else { 0 });
     let capped = !folds && job.out.is_some() && job.bend.softcap.is_some() && classes * size_of::<T>() <= KEPT;
     let slopes = room(slopes, if capped { n * classes } else { 2 * BLOCK * usize::from(cap.is_some()) });
-    let (shared, own) = (&shared[..], job.own_dense());
+    let (shared, own, stream) = (&shared[..], job.own_dense(), terms.dense && !job.even());
     let spreads: Vec<f64> = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
     references.resize(references.len().max(blocks * n), Reference { k: 0.0, b: 0.0 });
     let line = |row: usize| job.x.span::<T>(job.rows.offset(X, row), classes);
@@ -292,7 +298,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             let from = if job.lines { job.x.address(job.rows.offset(X, row)) } else { copy.as_ptr().cast() };
             Input::Made { fill: &mut fill, scratch: copy, classes, from: (from, job.x.dtype().size()) }
         };
-        let t = match (terms.dense && job.kind == Kind::Loss, own) {
+        let t = match (stream, own) {
             (false, _) => Input::None,
             (true, false) => Input::row(Span::of(&shared[..classes])),
             (true, true) => {
@@ -315,6 +321,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             classes,
             x,
             t,
+            distances: job.even(),
             dst: store.then(|| stored(slot)),
             cold: in_result && job.stores != Stores::Cached,
             references: &mut references[slot * blocks..][..blocks],
@@ -337,6 +344,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
         };
         put(tile, slot, &state);
     }
+    share_evenly(strip, tile);
     level.run(Finish { terms: &terms, tile, rows: (0, n), single });
     let Some(out) = job.out else { return settle(strip, tile, total) };
     if folds {
@@ -357,15 +365,15 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             None
         };
         if at_once
-            && (!terms.dense || !own)
+            && (!stream || !own)
             && let (Some(src), Some(dst)) = (src, result(row, 0, classes))
         {
-            let t = if terms.dense && job.kind == Kind::Loss { Span::of(&shared[..classes]) } else { Span::of(&[]) };
+            let t = if stream { Span::of(&shared[..classes]) } else { Span::of(&[]) };
             results.write(Rows::single(src), t, references, dst);
             continue;
         }
         if at_once
-            && !terms.dense
+            && !stream
             && let (None, Some(half), Some(dst)) = (src, half(row), result(row, 0, classes))
         {
             results.read::<T>(Rows::single(Span::of(&[])), Some(HalfRows::single(half)), Span::of(&[]), &[], dst);
@@ -375,7 +383,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
         for index in 0..blocks {
             let start = index * BLOCK;
             let count = BLOCK.min(classes - start);
-            let t = match (terms.dense && job.kind == Kind::Loss, own) {
+            let t = match (stream, own) {
                 (false, _) => Span::of(&[]),
                 (true, false) => Span::of(&shared[start..start + count]),
                 (true, true) => {
@@ -505,7 +513,7 @@ impl Results<'_, '_, '_> {
         let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
         let past =
             past && job.stores != Stores::Cached && job.classes.size * size_of::<O>() >= STREAMED[usize::from(job.level != Level::Avx512)];
-        job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, half, t, references, dst, past });
+        job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, half, t, even: job.even(), references, dst, past });
     }
 }
 
@@ -567,6 +575,21 @@ pub(super) fn put(tile: &mut Tile, slot: usize, state: &State) {
     tile.lin[slot] = state.lin.value();
     tile.t_rest[slot] = state.t_rest.value();
     tile.t_top[slot] = state.t_top;
+}
+
+/// From distances to what a stream would have left, where all classes have the same share of the target.
+fn share_evenly(strip: &Strip, tile: &mut Tile) {
+    let Strip { job, kept, .. } = *strip;
+    if job.even() {
+        for (slot, &row) in kept.iter().enumerate() {
+            let share = row_spread(job, row);
+            tile.share[slot] = share;
+            // A share of nothing of an infinite distance is nothing.
+            tile.lin[slot] = if share == 0.0 { 0.0 } else { share * tile.lin[slot] };
+            tile.t_top[slot] = share * tile.ties[slot];
+            tile.t_rest[slot] = share * (job.classes.size as f64 - tile.ties[slot]);
+        }
+    }
 }
 
 /// Zeros under False in rows that are NaN elsewhere, unless they are there already.

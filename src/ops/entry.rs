@@ -98,7 +98,7 @@ pub fn small_cross_entropy(exec: &Exec, logits: &Array, target: &Array, ignore_i
 /// so that sizes out of all proportion are an error before anything is written.
 fn afford(exec: &Exec, job: &Job) -> Result<(), Error> {
     const LARGE: usize = 1 << 12;
-    let stream = if job.terms.dense && !job.own_dense() { job.classes.size } else { 0 };
+    let stream = if job.terms.dense && !job.own_dense() && !job.even() { job.classes.size } else { 0 };
     let per_thread = job.terms.entries.checked_mul(4 * APART).and_then(|entries| entries.checked_add(stream));
     let all = per_thread.and_then(|one| one.checked_mul(exec.threads)).ok_or(Error::OutOfMemory)?;
     if all > LARGE {

@@ -114,7 +114,13 @@ impl<'a> Job<'a> {
 
     /// Whether every row has a dense stream of its own.
     pub(super) fn own_dense(&self) -> bool {
-        self.terms.dense && (self.probs.is_some() || self.bend.mask.is_some() || self.labels.as_ref().is_some_and(|labels| labels.partial))
+        let differs = self.probs.is_some() || self.bend.mask.is_some() || self.labels.as_ref().is_some_and(|labels| labels.partial);
+        self.terms.dense && differs && !self.even()
+    }
+
+    /// Whether all classes of a row have the same share of the target beside the sparse ones, which takes no stream.
+    pub(super) fn even(&self) -> bool {
+        self.by_rows && self.terms.dense && self.probs.is_none() && self.weight.is_empty() && !self.bend.is_some()
     }
 
     /// A job without targets. `operands` are out, probs, result and upstream strides, in the logits' axes.

@@ -342,7 +342,7 @@ pub(super) fn dense_row<T: Work>(job: &Job, row: usize, spread: f64, start: usiz
 
 /// The dense stream that is the same for every row: `u_c = w_c·e/C`.
 pub(super) fn shared_stream<T: Float>(job: &Job, shared: &mut Buffer<T>) {
-    if job.terms.dense && !job.own_dense() {
+    if job.terms.dense && !job.own_dense() && !job.even() {
         room(shared, job.classes.size);
         for (c, u) in shared[..job.classes.size].iter_mut().enumerate() {
             *u = T::from_f64(job.spread * job.weight.get(c).copied().unwrap_or(1.0));
