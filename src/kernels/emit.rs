@@ -35,7 +35,7 @@ fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: 
     let count = (len - lead) / step;
     // A load right behind a masked store waits for it, and there the next row may begin: the last vector is stored whole, over what the others
     // have written, and so made before they are stored.
-    let last = (!past && len >= step && len % step > 0).then(|| values.part(len - step, step).nth(isa, 0));
+    let last = (!past && len >= step && !len.is_multiple_of(step)).then(|| values.part(len - step, step).nth(isa, 0));
     if past {
         for k in 0..count {
             to.nth(k, step).stream(isa, 0, whole.nth(isa, k));

@@ -98,6 +98,20 @@ fn block_depth<S: Isa, T: Real>(isa: S, x: Span<T>) -> T {
     (-min[0].min(min[1])).reduce_max()
 }
 
+/// The maximum of a block, Σ (max − x), which a target that is the same for all classes needs, and where the first maximum is, as a kernel.
+pub struct Distances<'a, T>(pub Span<'a, T>);
+
+impl<T: Summand> Kernel for Distances<'_, T> {
+    type Output = (f64, f64, usize);
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) -> Self::Output {
+        let max = block_max(isa, self.0).reduce_max();
+        let (origin, mut sum) = (if max.to_f64().is_finite() { max } else { T::ZERO }, Wide::zero(isa));
+        let first = add_distances::<S, T>(isa, self.0, max, origin, &mut sum);
+        (max.to_f64(), T::total_called(sum).value(), first)
+    }
+}
+
 /// Adds how far the classes are below `origin`, and says where the first that equals `top` is.
 #[inline(always)]
 pub(super) fn add_distances<S: Isa, T: Summand>(isa: S, x: Span<T>, top: T, origin: T, sum: &mut Wide<S>) -> usize {
@@ -398,8 +412,6 @@ pub struct Reduce<'a, T> {
     pub x: Input<'a, T>,
     /// The dense target stream.
     pub t: Input<'a, T>,
-    /// Whether Σ (max − x) is wanted, which a target that is the same for every class needs: it goes to the state's `lin`. Not with a stream.
-    pub distances: bool,
     /// Where e = exp(x − b)·2^−k goes, if anywhere; may be the row itself.
     pub dst: Option<SpanMut<'a, T>>,
     /// Whether that is memory that no cache has: it is asked for, too.
@@ -449,9 +461,9 @@ fn capped<T: Real>(level: Level, cap: Cap<T>, x: T) -> T {
 
 #[inline(always)]
 fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<T>, bent: &mut [T]) -> State {
-    let Reduce { scale, classes, mut x, mut t, distances, dst, cold, references, known, mut wanted } = job;
+    let Reduce { scale, classes, mut x, mut t, dst, cold, references, known, mut wanted } = job;
     let setup = &Setup::<S, T>::new(isa, scale);
-    let (lin, distances, store) = (!CAP && !matches!(t, Input::None), !CAP && distances, dst.is_some());
+    let (lin, store) = (!CAP && !matches!(t, Input::None), dst.is_some());
     let dst = dst.unwrap_or(SpanMut::of(&mut []));
     let mut max = T::NEG_INF;
     let mut reference = Reference::of(max, &setup.exp1, setup.scale);
@@ -489,9 +501,6 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
                 rest.scale(isa, factor);
                 rest_extra.scale(factor);
                 rest_extra.add(ties * exp_f64(isa, (max.to_f64() - moved.b) * setup.scale, moved.k));
-                if distances {
-                    spread_extra.add(start as f64 * (candidate.to_f64() - max.to_f64()));
-                }
                 if lin {
                     t_extra.merge(t_top);
                     let mut weight = T::total(t_rest);
@@ -528,16 +537,8 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
             arg = arg.min(start.saturating_add(first));
             t_top.merge(weight);
         }
-        if distances {
-            // Before its exponentials may take the place of the block.
-            let origin = if max.to_f64().is_finite() { max } else { T::ZERO };
-            let first = add_distances(isa, block, max, origin, &mut spread);
-            if tops {
-                arg = arg.min(start.saturating_add(first));
-            }
-        }
         let usual = !(far || lin || CAP) && S::LEVEL != Level::Scalar;
-        if skims && usual && !tops && !distances {
+        if skims && usual && !tops {
             // Up to the block with a class that is to be told, or the last one that has a whole one after it. (Of float64 it is not worth its code.)
             let until = wanted.classes.first().map_or(usize::MAX, |&(class, _)| class / BLOCK).min((classes / BLOCK).saturating_sub(1));
             if index < until {
@@ -677,9 +678,6 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         index += 1;
     }
     rest_extra.merge(T::total(rest));
-    if distances {
-        spread_extra.merge(T::total(spread));
-    }
     if lin {
         spread_extra.merge(T::total(spread));
         t_extra.merge(T::total(t_rest));

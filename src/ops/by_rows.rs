@@ -9,7 +9,7 @@ use crate::kernels::copy;
 use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::kernels::input::{Backwards, Input, Known, Raw, TWO_BLOCKS};
-use crate::kernels::rows::{BLOCK, Reduce, ReduceCapped, Wanted};
+use crate::kernels::rows::{BLOCK, Distances, Reduce, ReduceCapped, Wanted};
 use crate::kernels::short::{MOST_SHORT, RawRows, Short};
 use crate::kernels::state::{Reference, State};
 use crate::simd::{Isa, Kernel, Level};
@@ -164,12 +164,12 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
             if let Some((RawRows::Backwards(rows), to)) = from {
                 (0..classes).for_each(|c| to.row(slot).set(c, rows.row(slot).get(classes - 1 - c)));
             }
+            let far = job.even().then(|| distances(job, kept[slot], Some(x.row(slot)), &mut []));
             let state = job.level.run(Reduce {
                 scale,
                 classes,
                 x: Input::row(x.row(slot)),
                 t: Input::None,
-                distances: job.even(),
                 dst: e.map(|e| e.row(slot)),
                 cold: false,
                 references: &mut [],
@@ -177,6 +177,7 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
                 wanted: Wanted { classes: &[], logits: &mut [] },
             });
             put(tile, slot, &state);
+            set_distances(tile, slot, far);
         }
     }
     let terms = Terms { plain, ..job.terms };
@@ -281,6 +282,8 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
         let spread = spreads.get(slot).copied().unwrap_or(0.0);
         let (own_slopes, bent) =
             if capped { (&mut slopes[slot * classes..][..classes], &mut [][..]) } else { (&mut [][..], &mut slopes[..]) };
+        // Before exponentials may take the place of the logits; those of the first caches are read twice.
+        let far = job.even().then(|| distances(job, row, direct.then(|| line(row)), again));
         let mut fill = |index: usize, dst: &mut [T]| {
             let start = index * BLOCK;
             if cap.is_some() {
@@ -321,7 +324,6 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             classes,
             x,
             t,
-            distances: job.even(),
             dst: store.then(|| stored(slot)),
             cold: in_result && job.stores != Stores::Cached,
             references: &mut references[slot * blocks..][..blocks],
@@ -343,6 +345,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             _ => level.run(reduce),
         };
         put(tile, slot, &state);
+        set_distances(tile, slot, far);
     }
     share_evenly(strip, tile);
     level.run(Finish { terms: &terms, tile, rows: (0, n), single });
@@ -575,6 +578,38 @@ pub(super) fn put(tile: &mut Tile, slot: usize, state: &State) {
     tile.lin[slot] = state.lin.value();
     tile.t_rest[slot] = state.t_rest.value();
     tile.t_top[slot] = state.t_top;
+}
+
+/// Σ (max − x) of a row and where its first maximum is: of `line`, or of what is copied to `scratch` block by block.
+fn distances<T: Work>(job: &Job, row: usize, line: Option<Span<T>>, scratch: &mut [T]) -> (f64, usize) {
+    let classes = job.classes.size;
+    let (mut max, mut sum, mut at) = (f64::NEG_INFINITY, 0.0, 0);
+    for start in (0..classes).step_by(BLOCK) {
+        let n = BLOCK.min(classes - start);
+        let block = if let Some(line) = line {
+            line.part(start, n)
+        } else {
+            logits(job, row, start, &mut scratch[..n]);
+            Span::of(&scratch[..n])
+        };
+        let (top, part, first) = job.level.run(Distances(block));
+        if top > max {
+            if max > f64::NEG_INFINITY {
+                sum += start as f64 * (top - max);
+            }
+            (max, at) = (top, start + first);
+        } else if top > f64::NEG_INFINITY {
+            sum += n as f64 * (max - top);
+        }
+        sum += part;
+    }
+    (sum, at)
+}
+
+fn set_distances(tile: &mut Tile, slot: usize, far: Option<(f64, usize)>) {
+    if let Some((sum, at)) = far {
+        (tile.lin[slot], tile.arg[slot]) = (sum, at as f64);
+    }
 }
 
 /// From distances to what a stream would have left, where all classes have the same share of the target.

@@ -42,7 +42,6 @@ fn segment<T: Work>(
     let class = job.labels.as_ref().filter(|labels| labels.entries == 1).map_or(usize::MAX, |labels| labels.class[row] as usize);
     let (class, mut logit) = ([(class.wrapping_sub(index * SEGMENT), 0)], [0.0]);
     let reduce = Reduce {
-        distances: false,
         scale: job.terms.scale,
         classes: x.len(),
         x: Input::Row { row: x, after },
