@@ -157,14 +157,14 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
     let scale = job.terms.scale;
     let (wanted, cold) = (job.kind == Kind::LogSoftmax, in_result && job.stores != Stores::Cached);
     if job.level.run(Short { scale, x, from, wanted, dst: e, cold, distances: job.even(), classes: target, tile }) {
-        for slot in 0..n {
+        for (slot, &row) in kept.iter().enumerate() {
             if !tile.ties[slot].is_nan() {
                 continue;
             }
             if let Some((RawRows::Backwards(rows), to)) = from {
                 (0..classes).for_each(|c| to.row(slot).set(c, rows.row(slot).get(classes - 1 - c)));
             }
-            let far = job.even().then(|| distances(job, kept[slot], Some(x.row(slot)), &mut []));
+            let far = job.even().then(|| distances(job, row, Some(x.row(slot)), &mut []));
             let state = job.level.run(Reduce {
                 scale,
                 classes,
