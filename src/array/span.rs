@@ -266,7 +266,17 @@ pub enum Half<'a> {
     Bf16(Span<'a, bf16>),
 }
 
-impl Half<'_> {
+impl<'a> Half<'a> {
+    /// The elements, if they are of that type.
+    #[inline(always)]
+    pub fn of<E: Element>(self) -> Option<Span<'a, E>> {
+        let (ptr, dtype) = match self {
+            Self::F16(span) => (span.ptr.cast::<E>(), f16::DTYPE),
+            Self::Bf16(span) => (span.ptr.cast::<E>(), bf16::DTYPE),
+        };
+        // SAFETY: a run of the same type.
+        (E::DTYPE == dtype).then(|| unsafe { Span::new(ptr, self.len()) })
+    }
     /// Number of elements.
     #[inline(always)]
     pub fn len(self) -> usize {

@@ -323,6 +323,15 @@ impl<'a, E: Element> Rows<'a, E> {
         unsafe { Span::new(self.base.wrapping_offset(self.offsets[r]).cast::<E>(), self.len) }
     }
 
+    /// All rows as one, if each begins where the one before ends.
+    #[inline(always)]
+    pub fn line(self) -> Option<Span<'a, E>> {
+        let (first, size) = (*self.offsets.first()?, (self.len * size_of::<E>()) as isize);
+        let adjacent = self.offsets.iter().enumerate().fold(true, |all, (r, &offset)| all & (offset == first + r as isize * size));
+        // SAFETY: as of one row; together they are a run.
+        adjacent.then(|| unsafe { Span::new(self.base.wrapping_offset(first).cast::<E>(), self.offsets.len() * self.len) })
+    }
+
     /// Number of rows.
     #[inline(always)]
     pub fn count(self) -> usize {
@@ -411,6 +420,12 @@ impl<'a, E: Element> RowsMut<'a, E> {
     #[inline(always)]
     pub fn row(self, r: usize) -> SpanMut<'a, E> {
         SpanMut(self.0.row(r))
+    }
+
+    /// As [`Rows::line`].
+    #[inline(always)]
+    pub fn line(self) -> Option<SpanMut<'a, E>> {
+        self.0.line().map(SpanMut)
     }
 
     /// Number of rows.

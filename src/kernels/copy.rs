@@ -24,9 +24,6 @@ pub fn copy_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>,
             dst.store(isa, c, j, stream, tile.load_whole(isa, c, j));
         }
     }
-    if stream {
-        isa.fence();
-    }
 }
 
 /// Rows of adjacent classes, four classes at a time; the last four overlap with those before them. `src` has whole vectors of rows.

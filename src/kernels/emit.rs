@@ -1,7 +1,7 @@
 //! Results of rows: from exponentials that were kept or are computed again, or from logits.
 
-use crate::array::{DType, Element, Float, Half, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
-use crate::simd::{Isa, Kernel, Vector};
+use crate::array::{DType, Element, Float, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
+use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::finish::{SURE, Tile};
 use super::math::{Anchored, Exp, Real};
@@ -21,8 +21,9 @@ trait Values<S: Isa, T: Real>: Copy {
 /// Writes values; `past` the caches if wanted.
 #[inline(always)]
 fn write<S: Isa, O: Element<Acc = T>, T: Real, W: Values<S, T>>(isa: S, values: W, dst: SpanMut<O>, past: bool) {
-    let step = Vf::<S, T>::LANES;
-    let len = dst.read().len();
+    let (step, len) = (Vf::<S, T>::LANES, dst.read().len());
+    // No store of the portable level does.
+    let past = past && S::LEVEL != Level::Scalar;
     let lead = if past { dst.lead().min(len) } else { 0 };
     let mut i = 0;
     while i < lead {
@@ -131,19 +132,19 @@ impl<S: Isa, T: Real> Values<S, T> for Balanced<'_, Vf<S, T>> {
     }
 }
 
-/// Logits, of the type that is computed in or halves.
+/// What results are made from: of the type that is computed in, or logits of the results' own.
 #[derive(Clone, Copy)]
-enum Source<'a, T> {
+enum Source<'a, T, O> {
     Wide(Span<'a, T>),
-    Half(Half<'a>),
+    Half(Span<'a, O>),
 }
 
-impl<T: Real> Source<'_, T> {
+impl<T: Real, O: Element<Acc = T>> Source<'_, T, O> {
     #[inline(always)]
     fn part(self, start: usize, len: usize) -> Self {
         match self {
             Self::Wide(span) => Self::Wide(span.part(start, len)),
-            Self::Half(half) => Self::Half(half.part(start, len)),
+            Self::Half(span) => Self::Half(span.part(start, len)),
         }
     }
     #[inline(always)]
@@ -151,28 +152,28 @@ impl<T: Real> Source<'_, T> {
         let step = Vf::<S, T>::LANES;
         match self {
             Self::Wide(span) => span.nth(k, step).load(isa, 0),
-            Self::Half(half) => T::load_half(isa, half.nth(k, step), 0, step),
+            Self::Half(span) => span.nth(k, step).load(isa, 0),
         }
     }
     #[inline(always)]
     fn partial<S: Isa>(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
         match self {
             Self::Wide(span) => span.load_partial(isa, i, n, T::NEG_INF),
-            Self::Half(half) => T::load_half(isa, half, i, n),
+            Self::Half(span) => span.load_partial(isa, i, n, O::from_acc(T::NEG_INF)),
         }
     }
 }
 
 /// Logits whose exponentials are computed again.
 #[derive(Clone, Copy)]
-struct Anew<'a, V: Vector> {
-    x: Source<'a, V::Elem>,
+struct Anew<'a, V: Vector, O> {
+    x: Source<'a, V::Elem, O>,
     at: Anchored<V>,
     b: V,
     scaling: Scaling<'a, V>,
 }
 
-impl<S: Isa, T: Real> Values<S, T> for Anew<'_, Vf<S, T>> {
+impl<S: Isa, T: Real, O: Element<Acc = T>> Values<S, T> for Anew<'_, Vf<S, T>, O> {
     #[inline(always)]
     fn part(self, start: usize, len: usize) -> Self {
         Self { x: self.x.part(start, len), scaling: self.scaling.part(start, len), ..self }
@@ -187,27 +188,40 @@ impl<S: Isa, T: Real> Values<S, T> for Anew<'_, Vf<S, T>> {
     }
 }
 
-/// Logits, for log-probabilities.
+/// A log-probability: `(x − max)·scale − log_sum`, in this order, where neither step cancels.
 #[derive(Clone, Copy)]
-struct Logs<'a, V: Vector> {
-    x: Source<'a, V::Elem>,
+struct Log<V> {
     max: V,
     scale: V,
     log_sum: V,
 }
 
-impl<S: Isa, T: Real> Values<S, T> for Logs<'_, Vf<S, T>> {
+impl<V: Vector> Log<V> {
+    #[inline(always)]
+    fn of(self, x: V) -> V {
+        (x - self.max) * self.scale - self.log_sum
+    }
+}
+
+/// Logits, for log-probabilities.
+#[derive(Clone, Copy)]
+struct Logs<'a, V: Vector, O> {
+    x: Source<'a, V::Elem, O>,
+    log: Log<V>,
+}
+
+impl<S: Isa, T: Real, O: Element<Acc = T>> Values<S, T> for Logs<'_, Vf<S, T>, O> {
     #[inline(always)]
     fn part(self, start: usize, len: usize) -> Self {
         Self { x: self.x.part(start, len), ..self }
     }
     #[inline(always)]
     fn nth(self, isa: S, k: usize) -> Vf<S, T> {
-        (self.x.nth(isa, k) - self.max) * self.scale - self.log_sum
+        self.log.of(self.x.nth(isa, k))
     }
     #[inline(always)]
     fn partial(self, isa: S, i: usize, n: usize) -> Vf<S, T> {
-        (self.x.partial(isa, i, n) - self.max) * self.scale - self.log_sum
+        self.log.of(self.x.partial(isa, i, n))
     }
 }
 
@@ -218,7 +232,7 @@ pub enum From {
     Stored,
     /// Logits, whose exponentials are computed again.
     Anew,
-    /// Logits, for log-probabilities: `(x − max)·scale − log_sum`, in this order, where neither step cancels.
+    /// Logits, for log-probabilities.
     Logs,
 }
 
@@ -272,11 +286,7 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
         let count = self.dst.count();
         let products = self.from == From::Stored && self.t.is_empty() && !self.past;
         if self.from == From::Logs {
-            let scale = splat::<S, T>(isa, self.scale);
-            for (r, slot) in (0..count).zip(self.first..) {
-                let (max, log_sum) = (splat::<S, T>(isa, self.tile.max[slot]), splat::<S, T>(isa, self.tile.log_sum[slot]));
-                write(isa, Logs { x: self.source(r), max, scale, log_sum }, self.dst.row(r), self.past);
-            }
+            self.logs(isa);
         } else if products && self.references.is_empty() && self.tile.a[self.first..][..count].iter().all(|a| a.abs() >= Self::TINY) {
             let most = splat::<S, T>(isa, self.most);
             for (r, slot) in (0..count).zip(self.first..) {
@@ -293,15 +303,72 @@ impl<T: Summand, O: Element<Acc = T>> Kernel for Emit<'_, T, O> {
                 }
             }
         }
-        if self.past {
-            isa.fence();
-        }
     }
 }
 
 impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
     /// Factors below may leave the normal numbers where the product does not.
     const TINY: f64 = if matches!(T::DTYPE, DType::F64) { 1e-250 } else { 1e-30 };
+
+    /// The formula of a row's log-probabilities.
+    #[inline(always)]
+    fn log<S: Isa>(&self, isa: S, r: usize) -> Log<Vf<S, T>> {
+        let slot = self.first + r;
+        let (max, log_sum) = (self.tile.max[slot], self.tile.log_sum[slot]);
+        Log { max: splat::<S, T>(isa, max), scale: splat::<S, T>(isa, self.scale), log_sum: splat::<S, T>(isa, log_sum) }
+    }
+
+    #[inline(always)]
+    fn logs<S: Isa>(&self, isa: S) {
+        let (rows, single) = (0..self.dst.count(), O::DTYPE == T::DTYPE && S::LEVEL != Level::Scalar);
+        if single && self.past {
+            if let (Some(src), Some(dst)) = (self.src.line(), self.dst.line()) {
+                return self.stretch(isa, 0, src, dst);
+            }
+            return rows.for_each(|r| self.stretch(isa, r, self.src.row(r), self.dst.row(r)));
+        }
+        for r in rows {
+            write(isa, Logs { x: self.source(r), log: self.log(isa, r) }, self.dst.row(r), self.past && !single);
+        }
+    }
+
+    /// Log-probabilities of adjacent rows, of which `r` is the first, past the caches: the vector in which one ends and the next one begins is written whole.
+    /// (Parts of lines have to be read first, and everything after them waits.)
+    #[inline(always)]
+    fn stretch<S: Isa>(&self, isa: S, mut r: usize, src: Span<T>, dst: SpanMut<O>) {
+        let (step, len, all) = (Vf::<S, T>::LANES, self.dst.read().len(), src.len());
+        let mut ones = [T::ZERO; 32];
+        ones[..16].fill(T::ONE);
+        let (ones, one) = (Span::of(&ones), splat::<S, T>(isa, 1.0));
+        let some = |i: usize, n: usize, log: Log<Vf<S, T>>| dst.store_partial(isa, i, n, log.of(src.load_partial(isa, i, n, T::ZERO)));
+        let (mut i, lead) = (0, dst.lead().min(all));
+        let (mut log, mut end) = (self.log(isa, r), len);
+        while i < lead {
+            let n = step.min(lead - i).min(end - i);
+            some(i, n, log);
+            i += n;
+        }
+        loop {
+            let n = (end - i) / step;
+            let (from, to) = (src.part(i, n * step), dst.part(i, n * step));
+            for k in 0..n {
+                to.nth(k, step).stream(isa, 0, log.of(from.nth(k, step).load(isa, 0)));
+            }
+            i += n * step;
+            if end == all {
+                return some(i, end - i, log);
+            }
+            r += 1;
+            let after = self.log(isa, r);
+            if i < end {
+                let here = ones.load(isa, 16 - (end - i)).eq(one);
+                let x = src.load(isa, i);
+                dst.stream(isa, i, Vf::<S, T>::select(here, log.of(x), after.of(x)));
+                i += step;
+            }
+            (log, end) = (after, end + len);
+        }
+    }
 
     /// What is taken off all classes of a row.
     #[inline(always)]
@@ -310,8 +377,11 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
     }
 
     #[inline(always)]
-    fn source(&self, r: usize) -> Source<'_, T> {
-        self.half.map_or_else(|| Source::Wide(self.src.row(r)), |half| Source::Half(half.row(r)))
+    fn source(&self, r: usize) -> Source<'_, T, O> {
+        match self.half.and_then(|half| half.row(r).of::<O>()) {
+            Some(half) if O::DTYPE != T::DTYPE => Source::Half(half),
+            _ => Source::Wide(self.src.row(r)),
+        }
     }
 
     /// Rows whose blocks have references of their own, or that take more than a product.
@@ -345,7 +415,7 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
     }
 
     #[inline(always)]
-    fn part<S: Isa>(&self, isa: S, exp: &Exp<Vf<S, T>>, slot: usize, factor: f64, src: Source<T>, t: Span<T>, dst: SpanMut<O>) {
+    fn part<S: Isa>(&self, isa: S, exp: &Exp<Vf<S, T>>, slot: usize, factor: f64, src: Source<T, O>, t: Span<T>, dst: SpanMut<O>) {
         let tile = self.tile;
         // In one factor, unless it leaves the normal numbers where the result may not.
         let a = tile.a[slot];
@@ -363,7 +433,9 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
         };
         match (self.from, src) {
             (From::Stored, Source::Wide(e)) => {
-                write(isa, Balanced { e, factor: splat::<S, T>(isa, factor), scaling }, dst, self.past);
+                // Exponentials of the results' own type are where those will be.
+                let past = self.past && O::DTYPE != T::DTYPE;
+                write(isa, Balanced { e, factor: splat::<S, T>(isa, factor), scaling }, dst, past);
             }
             // Exponentials are never halves.
             (From::Stored, Source::Half(_)) => {}

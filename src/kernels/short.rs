@@ -1,4 +1,4 @@
-//! Short rows: of one block each, reduced many at a time, so that what a row costs by itself is shared.
+//! Short rows: of a few blocks at most, reduced many at a time, so that what a row costs by itself is shared.
 
 use crate::array::{DType, Float, HalfRows, Rows, RowsMut, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Vector};
@@ -9,7 +9,7 @@ use super::math::{Anchored, Exp, Real};
 use super::rows::{add_distances, block_max, chain};
 use super::state::{Summand, Wide, splat};
 
-/// Rows of one block each, without a dense stream, as a kernel: their states go to the tile, from its first row on.
+/// Rows without a dense stream, as a kernel: their states go to the tile, from its first row on.
 ///
 /// Not for the portable level, where exponentials cost so much that what a row costs by itself is no matter.
 ///
@@ -75,14 +75,15 @@ const FUSED: usize = 256;
 /// Most rows whose maxima are taken together.
 const GROUP: usize = 16;
 
-/// Most chains in a row of float32, where [`apart`].
+/// Most chains in a row of float32 where they are [`apart`].
 const CHAINS: usize = 8;
 
 /// Whether the maxima of a row's chains (the classes that are summed without a pause) are told apart: a chain that does not hold the row's maximum
 /// takes a loop of its own, which need not look for it. Where there are registers for masks, looking costs no more than the choice does.
 #[inline(always)]
 fn apart<S: Isa, T: Real>(classes: usize) -> bool {
-    T::DTYPE == DType::F32 && matches!(S::LEVEL, Level::Avx2 | Level::Neon) && classes > chain::<S, T>()
+    let chain = chain::<S, T>();
+    T::DTYPE == DType::F32 && matches!(S::LEVEL, Level::Avx2 | Level::Neon) && (chain + 1..=CHAINS * chain).contains(&classes)
 }
 
 impl<T: Summand> Kernel for Short<'_, T> {

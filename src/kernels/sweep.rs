@@ -439,7 +439,4 @@ fn emit<S: Isa, T: Summand, const LOG: bool>(isa: S, job: Carry<T>, dense: Dense
             place = at.step::<S, T>(lead, x.width(), 0);
         }
     }
-    if stream {
-        isa.fence();
-    }
 }

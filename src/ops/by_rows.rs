@@ -29,6 +29,12 @@ use super::targets::NONE;
 /// a group of rows costs by itself.)
 const ROOM: usize = 128 << 10;
 
+/// Fewest rows that are worked on together: without exponentials, with them, and where rows are long for short ones.
+const LEAST: [usize; 3] = [64, 32, 16];
+
+/// Bytes of the longest short rows of several blocks: with longer ones what is read ahead would leave L1 before it is used, and a row costs little by itself.
+const SHORT: usize = 16 << 10;
+
 /// Bytes of exponentials of long rows that are kept in scratch, where they cannot be kept in the result: part of L2.
 const KEPT: usize = 256 << 10;
 
@@ -36,20 +42,22 @@ const KEPT: usize = 256 << 10;
 /// others, where it takes more than one store to fill a line.
 const STREAMED: [usize; 2] = [2 << 10, 6 << 10];
 
-/// Rows of so many classes are written past the caches where exponentials are computed again: shorter ones have too little between their ends.
-const LONG: usize = BLOCK + BLOCK / 2;
-
 /// Rows `first..last`; their losses are added to `total`.
 pub(super) fn run<T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
-    let short = job.classes.size <= BLOCK && (!job.terms.dense || job.even()) && job.level != Level::Scalar;
-    let width = if short && job.out.is_none() {
+    let bytes = job.classes.size * size_of::<T>();
+    let one_block = job.classes.size <= BLOCK;
+    let short = (!job.terms.dense || job.even())
+        && job.level != Level::Scalar
+        // (Masks and softcaps are applied in the loops of long ones. Where rows lie decides nothing: they have the same bits everywhere.)
+        && (one_block || bytes <= SHORT && !job.bend.is_some());
+    let width = if short && job.out.is_none() && (one_block || Way::of::<T>(job).direct) {
         MOST_SHORT
     } else if short {
-        let least = if job.kind == Kind::LogSoftmax { 64 } else { 32 };
-        (ROOM / (job.classes.size * size_of::<T>())).clamp(least, MOST_SHORT)
+        let least = if one_block { usize::from(job.kind != Kind::LogSoftmax) } else { 2 };
+        (ROOM / bytes).clamp(LEAST[least], MOST_SHORT)
     } else if job.out.is_some() {
         // Rows that are finished together stay in the cache until they are written.
-        (tunables().group_bytes / (job.classes.size * size_of::<T>())).clamp(1, 16)
+        (tunables().group_bytes / bytes).clamp(1, 16)
     } else {
         16
     };
@@ -100,12 +108,12 @@ impl Way {
     }
 }
 
-/// Rows of one block each.
+/// Rows of one block, or of [`SHORT`] bytes at most.
 fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
-    let (tile, Buffers { x: copy, slope, .. }, _) = T::buffers(scratch);
+    let (tile, Buffers { x: copy, slope, .. }, references) = T::buffers(scratch);
     let plain = prepare(strip, tile);
     let Way { direct, store, in_result, at_once } = Way::of::<T>(job);
     let [here, there, local] = &mut offsets;
@@ -165,6 +173,7 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
                 (0..classes).for_each(|c| to.row(slot).set(c, rows.row(slot).get(classes - 1 - c)));
             }
             let far = job.even().then(|| distances(job, row, Some(x.row(slot)), &mut []));
+            references.resize(references.len().max(classes.div_ceil(BLOCK)), Reference { k: 0.0, b: 0.0 });
             let state = job.level.run(Reduce {
                 scale,
                 classes,
@@ -172,10 +181,18 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
                 t: Input::None,
                 dst: e.map(|e| e.row(slot)),
                 cold: false,
-                references: &mut [],
+                references,
                 known: &mut Known::default(),
                 wanted: Wanted { classes: &[], logits: &mut [] },
             });
+            if let Some(e) = e.map(|e| e.row(slot)) {
+                for (start, of) in (0..classes).step_by(BLOCK).zip(&*references) {
+                    let factor = of.factor(state.reference, scale);
+                    if factor != 1.0 {
+                        (start..classes.min(start + BLOCK)).for_each(|c| e.set(c, T::from_f64(e.read().get(c).to_f64() * factor)));
+                    }
+                }
+            }
             put(tile, slot, &state);
             set_distances(tile, slot, far);
         }
@@ -215,7 +232,7 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
     scratch.offsets = offsets;
 }
 
-/// Rows of many blocks, or with a dense stream. `next` is the row after them, whose first maximum goes to `known`.
+/// Longer rows, or with a dense stream. `next` is the row after them, whose first maximum goes to `known`.
 fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, scratch: &mut Scratch, total: &mut Total) {
     let Strip { job, kept, .. } = *strip;
     let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
@@ -230,8 +247,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
     if folds {
         (way.at_once, way.in_result) = (true, job.x.dtype() == T::DTYPE);
     }
-    if way.in_result && way.direct && job.stores == Stores::PastAnew && classes >= LONG || !way.in_result && classes * size_of::<T>() > KEPT
-    {
+    if way.in_result && way.direct && job.stores == Stores::PastAnew || !way.in_result && classes * size_of::<T>() > KEPT {
         (way.store, way.in_result) = (false, false);
         way.at_once &= !folds;
     }
@@ -514,8 +530,13 @@ impl Results<'_, '_, '_> {
     ) {
         let Self { job, from, tile, first, past } = self;
         let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
-        let past =
-            past && job.stores != Stores::Cached && job.classes.size * size_of::<O>() >= STREAMED[usize::from(job.level != Level::Avx512)];
+        // (Adjacent rows have no ends of their own there.)
+        let least = if from == From::Logs && half.is_none() && src.line().is_some() && dst.line().is_some() {
+            0
+        } else {
+            STREAMED[usize::from(job.level != Level::Avx512)]
+        };
+        let past = past && job.stores != Stores::Cached && job.classes.size * size_of::<O>() >= least;
         job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, half, t, even: job.even(), references, dst, past });
     }
 }

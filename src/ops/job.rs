@@ -86,8 +86,6 @@ pub(super) struct Job<'a> {
     pub(super) tile_read: Path,
     pub(super) tile_write: Path,
     pub(super) tile_probs: Path,
-    /// Whether results replace the logits.
-    pub(super) in_place: bool,
     pub(super) labels: Option<Labels>,
     pub(super) weights: RowWeights,
     pub(super) bend: Bend<'a>,
@@ -103,6 +101,8 @@ pub(super) struct Job<'a> {
     /// A function of the shape alone.
     pub(super) rows_per_task: usize,
     pub(super) stores: Stores,
+    /// Whether results in columns are written past the caches.
+    pub(super) past_columns: bool,
 }
 
 impl<'a> Job<'a> {
@@ -196,6 +196,9 @@ impl<'a> Job<'a> {
             }
             _ => Stores::Cached,
         };
+        // In place the lines are in the cache already.
+        let in_place = out.is_some_and(|out| out.array().starts_as(x));
+        let past_columns = !by_rows && out.is_some() && !in_place && bytes >= tunables().stream_columns_from;
         let per_row = (TASK / classes.size.max(1)).min(TASK_ROWS);
         let rows_per_task = per_row.max(if by_rows { rows_per_task(rows.size, classes.size) } else { WIDTH });
         // Whole strips, or what is left over would be a small one in every task.
@@ -219,7 +222,6 @@ impl<'a> Job<'a> {
             tile_read,
             tile_write,
             tile_probs,
-            in_place: out.is_some_and(|out| out.array().starts_as(x)),
             labels: None,
             weights: RowWeights { all: true, ..RowWeights::default() },
             weight: Vec::new(),
@@ -239,7 +241,15 @@ impl<'a> Job<'a> {
             },
             rows_per_task,
             stores,
+            past_columns,
         })
+    }
+
+    /// To be called by whoever has written results, before another thread reads them.
+    pub(super) fn hand_on(&self) {
+        if self.stores != Stores::Cached || self.past_columns {
+            self.level.fence();
+        }
     }
 
     /// Rows per task.
@@ -287,6 +297,7 @@ impl<'a> Job<'a> {
                 (false, _) => by_columns::run::<f32>(self, first, last, threads, &mut scratch, &mut sum),
             }
             SCRATCH.set(Some(scratch));
+            self.hand_on();
             Ok(sum.value())
         };
         let mut total = Pair::default();

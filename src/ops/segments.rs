@@ -138,6 +138,7 @@ pub(super) fn split<T: Work>(job: &Job, threads: usize, scratch: &mut Scratch, t
                 let offset = job.rows.offset(OUT, row) + (start * size_of::<T>()) as isize;
                 let emit = Results { job, from, tile: shared, first: 0, past: at_once && !store };
                 emit.write(Rows::single(src.part(start, n)), Span::of(&[]), references, To::Run(results, offset, n));
+                job.hand_on();
             });
             patch(&strip, tile, results, at_once);
         }

@@ -125,6 +125,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, threads: usize, scratch: &mut Scratc
                 let (x, out) = (x().part(first, count).reversed(), results().part(first, count).reversed());
                 let carry = Carry { scale, x, out, stream, next, formulas: &mut formulas };
                 job.level.run(Emit { carry, dense: Dense::None, tile: shared, log, stored: false, most });
+                job.hand_on();
             }
         });
         let out = results();

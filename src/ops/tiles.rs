@@ -3,7 +3,6 @@
 use crate::array::{Array, Columns, ColumnsMut, Element, Offsets, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::copy;
 use crate::simd::{Isa, Kernel};
-use crate::tunables::tunables;
 
 use super::job::OUT;
 use super::plan::Path;
@@ -25,9 +24,7 @@ impl Strip<'_, '_> {
 
     /// Whether results in columns are written past the caches.
     pub(super) fn streams(&self) -> bool {
-        let job = self.job;
-        // In place the lines are in the cache already.
-        !job.in_place && job.rows.size * job.classes.size * job.x.dtype().size() >= tunables().stream_columns_from
+        self.job.past_columns
     }
 
     /// Fills a tile with `count` classes from `first` on of an operand.

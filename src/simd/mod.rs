@@ -160,6 +160,22 @@ impl Level {
         }
         portable(kernel)
     }
+
+    /// Orders what was written past the caches ([`Vector::stream`]) before what is written from now on: to be called before results are handed on, and not
+    /// more often, as it waits for memory.
+    pub fn fence(self) {
+        self.run(Fence);
+    }
+}
+
+struct Fence;
+
+impl Kernel for Fence {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        isa.fence();
+    }
 }
 
 /// Not part of its callers: they would carry it for nothing.
@@ -223,7 +239,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// The same for the nearest cache: for what is read very soon.
     #[inline(always)]
     fn prefetch_near(self, _at: *const u8) {}
-    /// Orders the stores of [`Vector::stream`] before later ones; called once after a run of them, before the data is handed on.
+    /// See [`Level::fence`].
     #[inline(always)]
     fn fence(self) {}
 }
