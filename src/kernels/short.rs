@@ -108,6 +108,8 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
         && T::DTYPE == DType::F32
         && fusing
         && !wanted
+        // Whose sums would be others in the opposite order.
+        && !distances
         && x.len() >= FUSED
     {
         (x, from, back) = (rows, None, true);
@@ -162,7 +164,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 let mut sum = Wide::zero(isa);
                 let at = add_distances(isa, x.row(slot), max, max, &mut sum);
                 tile.lin[slot] = T::total_called(sum).value();
-                tile.arg[slot] = if back { (x.len() - 1).wrapping_sub(at) } else { at } as f64;
+                tile.arg[slot] = at as f64;
             }
         }
         for r in 0..n {
