@@ -80,6 +80,30 @@ def test_the_same_bits_in_every_path(level, dtype, name):
         assert fresh.tobytes() == place.tobytes() == f(x, axis, out=out).tobytes()
 
 
+@pytest.mark.parametrize("classes", [65, 81, 127, 1000, 1031, 4099, 70_001])
+def test_large_results_are_those_of_their_rows(level, dtype, classes):
+    """Written past the caches, wherever lines begin, also where rows do not follow each other."""
+    rng = np.random.default_rng(classes)
+    n = (17 << 20) // (classes * dtype.itemsize) + 1
+    x = rng.normal(0, 3, (n, classes)).astype(np.float32).astype(dtype)
+    y = rng.integers(0, classes, n)
+    parts = np.array_split(np.arange(n), 8)
+    logs = np.concatenate([ce.log_softmax(x[part]) for part in parts])
+    grad = np.concatenate([ce.cross_entropy_with_grad(x[part], y[part], reduction="none")[1] for part in parts])
+    room = np.empty((n + 1) * classes + 64, dtype)
+    for shift in (0, 7, 33):
+        out = room[shift : shift + n * classes].reshape(n, classes)
+        before, after = room[:shift].copy(), room[shift + n * classes :].copy()
+        assert ce.log_softmax(x, out=out).tobytes() == logs.tobytes()
+        assert ce.cross_entropy_with_grad(x, y, reduction="none", out=out)[1].tobytes() == grad.tobytes()
+        assert room[:shift].tobytes() == before.tobytes()
+        assert room[shift + n * classes :].tobytes() == after.tobytes()
+    gaps = np.zeros((n, classes + 3), dtype)
+    assert ce.log_softmax(x, out=gaps[:, 1:-2]).tobytes() == logs.tobytes()
+    assert not gaps[:, 0].any()
+    assert not gaps[:, -2:].any()
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 10, 16, 17, 33, 64, 65, 100, 513, 2000])
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 def test_a_row_does_not_depend_on_the_others(level, dtype, classes, columns):
