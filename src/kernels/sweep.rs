@@ -347,7 +347,7 @@ impl<S: Isa, T: Summand> Formula<S, T> {
         }
         let (magic, floor) = exp.anchor_parts(T::load_wide(isa, Span::of(&tile.k), j));
         let (a, b) = (T::load_wide(isa, Span::of(&tile.a), j), T::load_wide(isa, Span::of(&tile.b), j));
-        Self([magic, floor, b, a, Ceiling::new(isa, tile, most).above(isa, j)])
+        Self([magic, floor, a, b, Ceiling::new(isa, tile, most).above(isa, j)])
     }
 
     #[inline(always)]
@@ -362,13 +362,39 @@ impl<S: Isa, T: Summand> Formula<S, T> {
 
     #[inline(always)]
     fn of<const LOG: bool>(self, exp: &Exp<Vf<S, T>>, scale: Vf<S, T>, most: Vf<S, T>, x: Vf<S, T>) -> Vf<S, T> {
-        let Self([magic, floor, b, a, above]) = self;
+        let Self([magic, floor, a, b, above]) = self;
         if LOG {
             // In this order neither step cancels.
             return (x - magic) * scale - floor;
         }
         let out = exp.anchored(magic, floor).exp2(x - b) * a;
         Vf::<S, T>::select(above.lt(out), most, out)
+    }
+
+    /// Whether [`Formula::quick`] says the same in all columns.
+    #[inline(always)]
+    fn is_plain(self, isa: S, most: Vf<S, T>) -> bool {
+        let Self([_, _, _, b, above]) = self;
+        b.eq(splat::<S, T>(isa, 0.0)).and(above.eq(most)).count() == Vf::<S, T>::LANES
+    }
+
+    /// What a group's columns are as a rule turned into results with: three fields at most.
+    #[inline(always)]
+    fn quick<const LOG: bool>(
+        isa: S,
+        formulas: Span<T>,
+        group: usize,
+        exp: &Exp<Vf<S, T>>,
+        (scale, most): (Vf<S, T>, Vf<S, T>),
+        x: Vf<S, T>,
+    ) -> Vf<S, T> {
+        let step = Vf::<S, T>::LANES;
+        let field = |i: usize| formulas.load(isa, (group * FIELDS + i) * step);
+        if LOG {
+            return (x - field(0)) * scale - field(1);
+        }
+        // In this order NaN passes.
+        most.min(exp.anchored(field(0), field(1)).exp2(x) * field(2))
     }
 }
 
@@ -393,10 +419,11 @@ fn emit<S: Isa, T: Summand, const LOG: bool>(isa: S, job: Carry<T>, dense: Dense
     let lead = if stream { out.read().lead::<S>() } else { x.lead::<S>() };
     let step = Vf::<S, T>::LANES;
     let first = Place::first::<S, T>(lead, x.width());
-    let mut place = Some(first);
+    let (mut place, mut plain) = (Some(first), step > 1 && !dense.is_some());
     while let Some(at) = place {
-        let Formula(fields) = Formula::<S, T>::new::<LOG>(isa, &exp, tile, most, at.group.0);
-        for (i, field) in fields.into_iter().enumerate() {
+        let formula = Formula::<S, T>::new::<LOG>(isa, &exp, tile, most, at.group.0);
+        plain &= LOG || formula.is_plain(isa, limit);
+        for (i, field) in formula.0.into_iter().enumerate() {
             SpanMut::of(&mut *formulas).store(isa, (at.index * FIELDS + i) * step, field);
         }
         place = at.step::<S, T>(lead, x.width(), 0);
@@ -407,22 +434,16 @@ fn emit<S: Isa, T: Summand, const LOG: bool>(isa: S, job: Carry<T>, dense: Dense
         let mut place = Some(first);
         while let Some(at) = place {
             let (j, n) = at.group;
-            if !LOG && step > 1 && n == step && x.width() - j >= 4 * step && !dense.is_some() {
+            if plain && n == step && x.width() - j >= 4 * step {
                 if let Some(next) = next {
                     next.ask_four::<S, T>(isa, c, j);
                 }
                 let four = formulas.part(at.index * pitch, 4 * pitch);
-                let [f, g, h, i] = [
-                    Formula::<S, T>::load(isa, four, 0),
-                    Formula::load(isa, four, 1),
-                    Formula::load(isa, four, 2),
-                    Formula::load(isa, four, 3),
-                ];
                 let [v, w, y, z] = x.load_four(isa, c, j);
-                let v = f.of::<LOG>(&exp, scale, limit, v);
-                let w = g.of::<LOG>(&exp, scale, limit, w);
-                let y = h.of::<LOG>(&exp, scale, limit, y);
-                let z = i.of::<LOG>(&exp, scale, limit, z);
+                let v = Formula::<S, T>::quick::<LOG>(isa, four, 0, &exp, (scale, limit), v);
+                let w = Formula::<S, T>::quick::<LOG>(isa, four, 1, &exp, (scale, limit), w);
+                let y = Formula::<S, T>::quick::<LOG>(isa, four, 2, &exp, (scale, limit), y);
+                let z = Formula::<S, T>::quick::<LOG>(isa, four, 3, &exp, (scale, limit), z);
                 out.put_four(isa, c, j, stream, [v, w, y, z]);
                 place = Place { index: at.index + 3, group: (j + 3 * step, step), ..at }.step::<S, T>(lead, x.width(), 0);
                 continue;

@@ -531,7 +531,7 @@ impl Results<'_, '_, '_> {
         let Self { job, from, tile, first, past } = self;
         let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
         // (Adjacent rows have no ends of their own there.)
-        let least = if from == From::Logs && half.is_none() && src.line().is_some() && dst.line().is_some() {
+        let least = if from == From::Logs && O::DTYPE == T::DTYPE && src.line().is_some() && dst.line().is_some() {
             0
         } else {
             STREAMED[usize::from(job.level != Level::Avx512)]
