@@ -723,7 +723,7 @@ impl<T: Real> Kernel for Both<'_, T> {
     fn run<S: Isa>(self, isa: S) {
         let (x, out) = (Span::of(self.0), SpanMut::of(self.1));
         for i in (0..x.len()).step_by(T::V::<S>::LANES) {
-            let (log, inverse) = log1p_inverse(isa, x.load(isa, i), self.2);
+            let (log, inverse) = log1p_inverse(isa, x.load(isa, i), self.2, None);
             out.store(isa, i, log);
             out.store(isa, x.len() + i, inverse);
         }

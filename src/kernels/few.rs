@@ -1,9 +1,9 @@
-//! The plain case of few classes: transforms, and one index target per row with nothing that weighs it.
+//! The plain case of few classes: transforms, and one index target per row, smoothed or not, with nothing that weighs it.
 //!
 //! A row stays in one lane and in the type of the logits, so that 16 rows cost one logarithm and one division. What it is made of comes from
 //! [`super::finish`], which has it for everything else. Of two classes one exponential says all.
 
-use crate::array::{ColumnsMut, DType, Span, SpanMut, Vf};
+use crate::array::{Columns, ColumnsMut, DType, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 
 use super::finish::Odds;
@@ -23,6 +23,8 @@ pub struct Few<'a, T> {
     pub rows: usize,
     /// Their classes, as numbers of the type; any numbers where there are no losses.
     pub target: &'a [T],
+    /// What is taken from the target and what every class has of that, if the target is smoothed.
+    pub smooth: Option<Smooth>,
     /// Gets the losses, or zeros.
     pub loss: &'a mut [f64],
     /// Room for [`LANES`] numbers per row.
@@ -42,6 +44,15 @@ pub enum Want {
     Logs,
     /// Probabilities; there are no targets.
     Probabilities,
+}
+
+/// A smoothed target.
+#[derive(Clone, Copy, Debug)]
+pub struct Smooth {
+    /// Share of the target that stays where it is.
+    pub keep: f64,
+    /// Share of every class, beside that.
+    pub share: f64,
 }
 
 /// Runs of columns, class by class, that are asked for a line at a time: memory is busy while the processor is.
@@ -77,7 +88,7 @@ impl Next {
 }
 
 /// What is kept of a row between the loops.
-pub const LANES: usize = 7;
+pub const LANES: usize = 9;
 
 /// Whether nothing of a gradient leaves the normal numbers that its results do not leave.
 pub fn gradient_fits<T: Real>(g: f64) -> bool {
@@ -99,6 +110,9 @@ struct Rows<'a, T> {
     /// The gradient: what multiplies the exponentials, and the value at the target.
     slope: SpanMut<'a, T>,
     patch: SpanMut<'a, T>,
+    /// Of a smoothed target: Σ (max − x), and then the value at a lone maximum; and the number of the first maximum.
+    far: SpanMut<'a, T>,
+    first: SpanMut<'a, T>,
     loss: SpanMut<'a, f64>,
 }
 
@@ -107,16 +121,18 @@ impl<T: Summand> Kernel for Few<'_, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> bool {
         assert!(S::LEVEL != Level::Scalar, "the portable level takes the general way");
-        let Self { scale, want, x, rows, target, loss, lanes, next } = self;
+        let Self { scale, want, x, rows, target, smooth, loss, lanes, next } = self;
         let g = if let Want::Gradient(g) = want { Some(g) } else { None };
         let whole = rows.next_multiple_of(Vf::<S, T>::LANES);
         let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
-        let [max, ties, logit, rest, lost, slope, patch] = [0, 1, 2, 3, 4, 5, 6].map(|i| lanes.part(i * whole, whole));
-        let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, rest, lost, slope, patch, loss };
+        let [max, ties, logit, rest, lost, slope, patch, far, first] = [0, 1, 2, 3, 4, 5, 6, 7, 8].map(|i| lanes.part(i * whole, whole));
+        let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, rest, lost, slope, patch, far, first, loss };
         if matches!(want, Want::Logs | Want::Probabilities) {
             return transform::<S, T>(isa, want, x, rows, next);
         }
-        if x.read().classes() == 2 {
+        if smooth.is_some() {
+            distances::<S, T>(isa, x.read(), rows);
+        } else if x.read().classes() == 2 {
             return pairs::<S, T>(isa, scale, g, x, rows);
         }
         // Several loops: each is short enough for the processor to have several vectors of rows in flight.
@@ -124,8 +140,10 @@ impl<T: Summand> Kernel for Few<'_, T> {
             Some(_) => sum::<S, T, true>(isa, scale, x, rows, next),
             None => sum::<S, T, false>(isa, scale, x, rows, next),
         }
-        let left = lose::<S, T>(isa, scale, g, rows);
-        if g.is_none() {
+        let left = lose::<S, T>(isa, scale, g, smooth, x.read().classes(), rows);
+        let Some(g) = g else { return left };
+        if let Some(Smooth { share, .. }) = smooth {
+            smoothed::<S, T>(isa, g * scale * share, x, rows);
             return left;
         }
         let (step, one) = (Vf::<S, T>::LANES, splat::<S, T>(isa, 1.0));
@@ -278,28 +296,103 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
     }
 }
 
+/// How far the classes are below their maximum, and which one that is.
+#[inline(always)]
+fn distances<S: Isa, T: Summand>(isa: S, x: Columns<T>, rows: Rows<T>) {
+    let (classes, step) = (x.classes(), Vf::<S, T>::LANES);
+    let (zero, one, lowest) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), Vf::<S, T>::splat(isa, T::NEG_INF));
+    for i in 0..rows.class.len() / step {
+        let j = i * step;
+        let (mut max, mut first) = (lowest, zero);
+        let mut number = zero;
+        for c in 0..classes {
+            let v = x.load_whole(isa, c, j);
+            first = Vf::<S, T>::select(max.lt(v), number, first);
+            (max, number) = (v.max(max), number + one);
+        }
+        // Few at a time, as in `sum`.
+        let (mut sum, mut c) = (zero, 0);
+        while c < classes {
+            let (mut a, mut b) = (zero, zero);
+            let end = classes.min(c + TOGETHER / 2);
+            while c + 2 <= end {
+                let two = x.part(c, 2);
+                (a, b) = (a + (max - two.load_whole(isa, 0, j)), b + (max - two.load_whole(isa, 1, j)));
+                c += 2;
+            }
+            if c < end {
+                a = a + (max - x.load_whole(isa, c, j));
+                c += 1;
+            }
+            sum = sum + (a + b);
+        }
+        rows.far.nth(i, step).store(isa, 0, sum);
+        rows.first.nth(i, step).store(isa, 0, first);
+    }
+}
+
+/// From exponentials to the gradient of smoothed targets, of which every class has a share, times `least`.
+#[inline(always)]
+fn smoothed<S: Isa, T: Summand>(isa: S, least: f64, x: ColumnsMut<T>, rows: Rows<T>) {
+    let (step, one, least) = (Vf::<S, T>::LANES, splat::<S, T>(isa, 1.0), splat::<S, T>(isa, least));
+    for i in 0..rows.class.len() / step {
+        let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
+        let (a, patch) = (rows.slope.read().nth(i, step).load(isa, 0), rows.patch.read().nth(i, step).load(isa, 0));
+        let (first, top) = (rows.first.read().nth(i, step).load(isa, 0), rows.far.read().nth(i, step).load(isa, 0));
+        let mut number = splat::<S, T>(isa, 0.0);
+        for c in 0..x.read().classes() {
+            let v = x.read().load_whole(isa, c, j).mul_sub(a, least);
+            let v = Vf::<S, T>::select(first.eq(number), top, v);
+            x.store_whole(isa, c, j, Vf::<S, T>::select(class.eq(number), patch, v));
+            number = number + one;
+        }
+    }
+}
+
 /// Losses, and with g the coefficients of the gradient. Whether rows were left.
 #[inline(always)]
-fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, rows: Rows<T>) -> bool {
+fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, smooth: Option<Smooth>, classes: usize, rows: Rows<T>) -> bool {
     let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale));
     let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));
     let (gradient, g) = (g.is_some(), splat::<S, T>(isa, g.unwrap_or(0.0) * scale));
     let scale = splat::<S, T>(isa, scale);
+    let Smooth { keep, share } = smooth.unwrap_or(Smooth { keep: 1.0, share: 0.0 });
+    let (keep, share, all) = (splat::<S, T>(isa, keep), splat::<S, T>(isa, share), splat::<S, T>(isa, classes as f64));
     let mut left = false;
     for i in 0..rows.class.len() / step {
         let (max, ties) = (rows.max.read().nth(i, step).load(isa, 0), rows.ties.read().nth(i, step).load(isa, 0));
         let (logit, rest) = (rows.logit.read().nth(i, step).load(isa, 0), rows.rest.read().nth(i, step).load(isa, 0));
         let over = exp.over(max);
         let others = (ties - one) + over.times_sum(rest, rows.lost.read().nth(i, step).load(isa, 0));
-        let odds = Odds::of(isa, others, T::DTYPE == DType::F64);
+        // What the classes have of a smoothed target.
+        let mut far = max - logit;
+        let mut plus = zero;
+        if smooth.is_some() {
+            (far, plus) = (far * keep, rows.far.read().nth(i, step).load(isa, 0) * (share * scale));
+        }
+        let odds = Odds::and(isa, others, T::DTYPE == DType::F64, Some(plus));
         let good = zero.lt(ties).and(others.eq(others));
-        let value = Vf::<S, T>::select(good, odds.loss((max - logit) * scale, one), bad);
+        let value = Vf::<S, T>::select(good, odds.loss(far * scale, one), bad);
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);
-        left |= good.count() < step;
+        left |= good.and(value.eq(value)).count() < step;
         if gradient {
             let inverse = over.times(odds.p_max);
             let (p, q) = exp.anchor(exp.reference(max)).parts(logit);
-            let patch = Vf::<S, T>::select(logit.eq(max), odds.at_max(isa, one, (zero, one), None), (p * q) * inverse - one);
+            let at_top = logit.eq(max);
+            let other = (p * q) * inverse;
+            let patch = if smooth.is_some() {
+                let t_rest = (all - ties) * share + Vf::<S, T>::select(at_top, zero, keep);
+                let t_top = ties * share + Vf::<S, T>::select(at_top, keep, zero);
+                let lone = ties.eq(one);
+                let top = odds.at_max(isa, one, (t_rest, t_top), None);
+                rows.far.nth(i, step).store(isa, 0, g * top);
+                let first = rows.first.read().nth(i, step).load(isa, 0);
+                rows.first.nth(i, step).store(isa, 0, Vf::<S, T>::select(lone, first, bad));
+                let p = Vf::<S, T>::select(at_top, odds.p_max, other);
+                Vf::<S, T>::select(at_top.and(lone), top, p - (keep + share))
+            } else {
+                Vf::<S, T>::select(at_top, odds.at_max(isa, one, (zero, one), None), other - one)
+            };
             rows.slope.nth(i, step).store(isa, 0, g * inverse);
             rows.patch.nth(i, step).store(isa, 0, g * patch);
         }

@@ -161,7 +161,13 @@ where
 {
     #[inline(always)]
     pub(super) fn of(isa: V::Isa, others: V, closely: bool) -> Self {
-        let (log_sum, p_max) = log1p_inverse(isa, others, closely);
+        Self::and(isa, others, closely, None)
+    }
+
+    /// The same, and something that is added to `log_sum`, see [`log1p_inverse`].
+    #[inline(always)]
+    pub(super) fn and(isa: V::Isa, others: V, closely: bool, plus: Option<V>) -> Self {
+        let (log_sum, p_max) = log1p_inverse(isa, others, closely, plus);
         Self { others, log_sum, p_max }
     }
 

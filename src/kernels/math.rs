@@ -500,13 +500,14 @@ where
 {
     let (one, two) = (V::splat(isa, V::Elem::ONE), V::splat(isa, V::Elem::from_f64(2.0)));
     let parts = Log1p::of(isa, r);
-    parts.log(isa, r, one / (two + parts.f), one / parts.u, true)
+    parts.log(isa, r, one / (two + parts.f), one / parts.u, true, None)
 }
 
 /// The same and 1/(1 + r), for the price of one division, for r up to 2^100 (f32) or 2^1000 (f64). `closely`, the logarithm is hardly ever but the
-/// nearest number there is; otherwise it is within one unit, and the inverse always within half a one and a little.
+/// nearest number there is; otherwise it is within one unit, and the inverse always within half a one and a little. Where `plus` is something, that is
+/// added to the logarithm, without a rounding of its own as long as it is small.
 #[inline(always)]
-pub fn log1p_inverse<V: Vector>(isa: V::Isa, r: V, closely: bool) -> (V, V)
+pub fn log1p_inverse<V: Vector>(isa: V::Isa, r: V, closely: bool, plus: Option<V>) -> (V, V)
 where
     V::Elem: Real,
 {
@@ -517,7 +518,7 @@ where
     // Newton's step takes the roundings of both products off, and adds what is missing in u.
     let error = inverse.neg_mul_add(parts.missing, inverse.neg_mul_add(parts.u, one));
     let inverse = inverse.mul_add(error, inverse);
-    (parts.log(isa, r, both * parts.u, inverse, closely), inverse)
+    (parts.log(isa, r, both * parts.u, inverse, closely, plus), inverse)
 }
 
 /// 1 + r = u + missing, u = 2^k·(1 + f) but for what f has lost.
@@ -549,17 +550,21 @@ where
 
     /// The logarithm, given about 1/(2 + f), and 1/u.
     #[inline(always)]
-    fn log(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool) -> V {
-        if apart::<V>() { self.log_apart(isa, r, half, inverse, closely) } else { self.log_here(isa, r, half, inverse, closely) }
+    fn log(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool, plus: Option<V>) -> V {
+        if apart::<V>() {
+            self.log_apart(isa, r, half, inverse, closely, plus)
+        } else {
+            self.log_here(isa, r, half, inverse, closely, plus)
+        }
     }
 
     #[inline(never)]
-    fn log_apart(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool) -> V {
-        self.log_here(isa, r, half, inverse, closely)
+    fn log_apart(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool, plus: Option<V>) -> V {
+        self.log_here(isa, r, half, inverse, closely, plus)
     }
 
     #[inline(always)]
-    fn log_here(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool) -> V {
+    fn log_here(self, isa: V::Isa, r: V, half: V, inverse: V, closely: bool, plus: Option<V>) -> V {
         let Self { f, k, lost, .. } = self;
         let s = f * half;
         let z = s * s;
@@ -567,6 +572,7 @@ where
         let [ln2, ln2_rest] = V::Elem::LN2.map(|part| V::splat(isa, part));
         // What was lost adds lost/u.
         let little = k.mul_add(ln2_rest, lost * inverse);
+        let little = plus.map_or(little, |plus| little + plus);
         let log = if closely {
             // Every step with what it rounds off: s, f − bend, their product, k·ln 2, and two sums.
             let two = V::splat(isa, V::Elem::from_f64(2.0));

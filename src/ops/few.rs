@@ -2,7 +2,7 @@
 
 use crate::array::{Array, ColumnsMut, DType, Out};
 use crate::kernels::columns::{self, BLOCK};
-use crate::kernels::few::{self, Few, Next, Want};
+use crate::kernels::few::{self, Few, Next, Smooth, Want};
 use crate::kernels::finish::WIDTH;
 use crate::simd::{Isa, Kernel, Level};
 
@@ -16,7 +16,10 @@ use super::strip::{Strip, Total};
 use super::targets::NONE;
 use super::tiles::{LANES, Move};
 
-/// Whether losses are those of [`Few`]: index targets in float32, and nothing but what multiplies the loss of a row or replaces its logits.
+/// Shares of the target that are none, and that [`Few`] would lose digits of.
+const LEAST: f64 = 1e-30;
+
+/// Whether losses are those of [`Few`]: index targets in float32, smoothed or not, and nothing but what multiplies the loss of a row or replaces its logits.
 pub(super) fn plain<T: Work>(job: &Job) -> bool {
     let Some(labels) = &job.labels else { return false };
     T::DTYPE == DType::F32
@@ -24,8 +27,13 @@ pub(super) fn plain<T: Work>(job: &Job) -> bool {
         && (1..=BLOCK).contains(&job.classes.size)
         && labels.entries == 1
         && labels.share.is_empty()
-        && !job.terms.dense
+        && (!job.terms.dense || job.weight.is_empty() && job.bend.mask.is_none() && job.spread >= LEAST)
         && job.terms.z_loss == 0.0
+}
+
+/// What makes a target of [`plain`] smooth.
+fn smooth(job: &Job) -> Option<Smooth> {
+    (job.kind == Kind::Loss && job.terms.dense).then_some(Smooth { keep: job.keep, share: job.spread })
 }
 
 /// Whether [`plain_strip`] can do all of it.
@@ -43,6 +51,7 @@ pub(super) fn all_plain<T: Work>(job: &Job) -> bool {
         && !job.bend.is_some()
         && job.upstream.is_none()
         && few::gradient_fits::<T>(job.g * job.terms.scale)
+        && (!job.terms.dense || few::gradient_fits::<T>(job.g * job.terms.scale * job.spread))
 }
 
 /// The classes of a strip as numbers; of rows without one, any.
@@ -126,7 +135,17 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
     let g = out.map(|_| 1.0 / divisor);
     let lanes = room(&mut single.block, few::LANES * stride);
     let want = g.map_or(Want::Loss, Want::Gradient);
-    let left = exec.level.run(Few { scale: 1.0, want, x: tiled, rows: n, target: &target, loss: &mut tile.loss, lanes, next: Next::NONE });
+    let left = exec.level.run(Few {
+        scale: 1.0,
+        want,
+        x: tiled,
+        rows: n,
+        target: &target,
+        smooth: None,
+        loss: &mut tile.loss,
+        lanes,
+        next: Next::NONE,
+    });
     let mean = (!left).then(|| {
         let mut total = Total::default();
         total.add(exec.level, &mut tile.loss, n);
@@ -148,7 +167,7 @@ pub(super) fn losses<T: Work>(strip: &Strip, x: ColumnsMut<T>, flat: &mut Buffer
     let (target, lanes) = room(flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
     strip.job.level.run(Numbers::of(strip, target));
     let (scale, rows) = (strip.job.terms.scale, strip.kept.len());
-    strip.job.level.run(Few { scale, want: Want::Loss, x, rows, target, loss, lanes, next: Next::NONE });
+    strip.job.level.run(Few { scale, want: Want::Loss, x, rows, target, smooth: smooth(strip.job), loss, lanes, next: Next::NONE });
 }
 
 /// One strip in the plain case.
@@ -177,7 +196,17 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
         let at = job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes);
         next = Next { at, bytes, class: job.classes.inner_stride(X), classes };
     }
-    let left = job.level.run(Few { scale: job.terms.scale, want, x: tiled, rows: n, target, loss: &mut tile.loss, lanes, next });
+    let left = job.level.run(Few {
+        scale: job.terms.scale,
+        want,
+        x: tiled,
+        rows: n,
+        target,
+        smooth: smooth(job),
+        loss: &mut tile.loss,
+        lanes,
+        next,
+    });
     // Only adjacent rows are in a strip without being kept.
     if !job.weights.all && job.tile_read == Path::Columns {
         for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
