@@ -327,7 +327,7 @@ impl<'a, E: Element> Rows<'a, E> {
     #[inline(always)]
     pub fn line(self) -> Option<Span<'a, E>> {
         let (first, size) = (*self.offsets.first()?, (self.len * size_of::<E>()) as isize);
-        let adjacent = self.offsets.iter().enumerate().fold(true, |all, (r, &offset)| all & (offset == first + r as isize * size));
+        let adjacent = self.offsets.iter().enumerate().all(|(r, &offset)| offset == first + r as isize * size);
         // SAFETY: as of one row; together they are a run.
         adjacent.then(|| unsafe { Span::new(self.base.wrapping_offset(first).cast::<E>(), self.offsets.len() * self.len) })
     }

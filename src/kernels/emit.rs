@@ -190,13 +190,13 @@ impl<S: Isa, T: Real, O: Element<Acc = T>> Values<S, T> for Anew<'_, Vf<S, T>, O
 
 /// A log-probability: `(x − max)·scale − log_sum`, in this order, where neither step cancels.
 #[derive(Clone, Copy)]
-struct Log<V> {
+struct Formula<V> {
     max: V,
     scale: V,
     log_sum: V,
 }
 
-impl<V: Vector> Log<V> {
+impl<V: Vector> Formula<V> {
     #[inline(always)]
     fn of(self, x: V) -> V {
         (x - self.max) * self.scale - self.log_sum
@@ -207,7 +207,7 @@ impl<V: Vector> Log<V> {
 #[derive(Clone, Copy)]
 struct Logs<'a, V: Vector, O> {
     x: Source<'a, V::Elem, O>,
-    log: Log<V>,
+    log: Formula<V>,
 }
 
 impl<S: Isa, T: Real, O: Element<Acc = T>> Values<S, T> for Logs<'_, Vf<S, T>, O> {
@@ -312,10 +312,10 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
 
     /// The formula of a row's log-probabilities.
     #[inline(always)]
-    fn log<S: Isa>(&self, isa: S, r: usize) -> Log<Vf<S, T>> {
+    fn log<S: Isa>(&self, isa: S, r: usize) -> Formula<Vf<S, T>> {
         let slot = self.first + r;
         let (max, log_sum) = (self.tile.max[slot], self.tile.log_sum[slot]);
-        Log { max: splat::<S, T>(isa, max), scale: splat::<S, T>(isa, self.scale), log_sum: splat::<S, T>(isa, log_sum) }
+        Formula { max: splat::<S, T>(isa, max), scale: splat::<S, T>(isa, self.scale), log_sum: splat::<S, T>(isa, log_sum) }
     }
 
     #[inline(always)]
@@ -340,7 +340,7 @@ impl<T: Summand, O: Element<Acc = T>> Emit<'_, T, O> {
         let mut ones = [T::ZERO; 32];
         ones[..16].fill(T::ONE);
         let (ones, one) = (Span::of(&ones), splat::<S, T>(isa, 1.0));
-        let some = |i: usize, n: usize, log: Log<Vf<S, T>>| dst.store_partial(isa, i, n, log.of(src.load_partial(isa, i, n, T::ZERO)));
+        let some = |i: usize, n: usize, log: Formula<Vf<S, T>>| dst.store_partial(isa, i, n, log.of(src.load_partial(isa, i, n, T::ZERO)));
         let (mut i, lead) = (0, dst.lead().min(all));
         let (mut log, mut end) = (self.log(isa, r), len);
         while i < lead {

@@ -9,14 +9,13 @@ use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::kernels::sweep::{self, Carry, Running, Sweep};
 use crate::simd::{Isa, Kernel, Vector};
 
-use super::by_rows::settle;
 use super::few;
 use super::job::{Job, Kind, PROBS, X};
 use super::plan::Path;
 use super::scratch::{Buffer, Buffers, Scratch, Work, room};
 use super::source::{dense_row, flags, row_spread, shared_stream, softcap, unbend_patches};
 use super::straight::{self, Land, Take};
-use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, targets};
+use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets};
 use super::tiles::LANES;
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.

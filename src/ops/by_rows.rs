@@ -3,26 +3,24 @@
 //! Rows are read where they stand if they are adjacent elements of the type that is computed in, otherwise they are copied to scratch, or block by
 //! block if they are long. Results are written where they belong, or to scratch first.
 
-use crate::array::{DType, Element, HalfRows, Offsets, Out, Rows, RowsMut, Span, SpanMut};
-use crate::kernels::bend::Product;
-use crate::kernels::copy;
-use crate::kernels::emit::{Emit, From};
+use crate::array::{DType, HalfRows, Out, Rows, RowsMut, Span, SpanMut};
+use crate::kernels::emit::From;
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::kernels::input::{Backwards, Input, Known, Raw, TWO_BLOCKS};
 use crate::kernels::rows::{BLOCK, Distances, Reduce, ReduceCapped, Wanted};
 use crate::kernels::short::{MOST_SHORT, RawRows, Short};
 use crate::kernels::state::{Reference, State};
-use crate::simd::{Isa, Kernel, Level};
+use crate::simd::Level;
 use crate::tunables::tunables;
 
-use super::job::{Job, Kind, MASK, OUT, RESULT, Stores, X};
-use super::scratch::{Buffers, OfType, Scratch, Work, room};
+use super::job::{Job, Kind, OUT, Stores, X};
+use super::results::{Results, Set, To, clear, patch, unbend_and_write};
+use super::scratch::{Buffers, Scratch, Work, room};
 use super::segments;
 use super::source::{
-    self, adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, scatter, shared_stream, target_slopes, unbend, unbend_patches,
-    unbent,
+    self, adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, shared_stream, target_slopes, unbend_patches, unbent,
 };
-use super::strip::{Finish, Strip, Total, collect, ignored, prepare, targets};
+use super::strip::{Finish, Strip, Total, collect, ignored, prepare, settle, targets};
 use super::targets::NONE;
 
 /// Bytes of short rows that are worked on together: part of L2, where they stay until they are written. (Fewer, which stay in L1, cost more by what
@@ -37,10 +35,6 @@ const SHORT: usize = 16 << 10;
 
 /// Bytes of exponentials of long rows that are kept in scratch, where they cannot be kept in the result: part of L2.
 const KEPT: usize = 256 << 10;
-
-/// Bytes of a row from which on stores past the caches pay: at both ends of a row they share lines with its neighbours. With the widest vectors, and with
-/// others, where it takes more than one store to fill a line.
-const STREAMED: [usize; 2] = [2 << 10, 6 << 10];
 
 /// Rows `first..last`; their losses are added to `total`.
 pub(super) fn run<T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
@@ -444,151 +438,6 @@ fn logit<T: Work>(job: &Job, row: usize, class: usize) -> f64 {
     x[0].to_f64()
 }
 
-/// Where results go.
-#[derive(Clone, Copy)]
-pub(super) enum To<'o, 'a, T> {
-    /// Rows of an array, from a byte offset on.
-    Rows(&'o Out<'a>, isize, &'o Offsets, usize),
-    /// Part of a row of it.
-    Run(&'o Out<'a>, isize, usize),
-    /// Scratch.
-    Scratch(RowsMut<'o, T>),
-}
-
-impl<'o, T: Work> To<'o, '_, T> {
-    /// Rows of the array, of its type.
-    pub(super) fn rows<E: Element<Acc = T>>(self) -> RowsMut<'o, E> {
-        match self {
-            Self::Rows(out, base, rows, len) => out.rows(base, rows, len),
-            Self::Run(out, offset, len) => RowsMut::single(out.span(offset, len)),
-            Self::Scratch(_) => unreachable!("scratch is of the type that is computed in"),
-        }
-    }
-}
-
-/// Rows of results of one type.
-struct Write<'s, 'r, 'j, 'a, 'b, T> {
-    results: Results<'r, 'j, 'a>,
-    src: Rows<'s, T>,
-    half: Option<HalfRows<'s>>,
-    t: Span<'s, T>,
-    references: &'s [Reference],
-    to: To<'s, 'b, T>,
-}
-
-impl<T: Work> OfType<T> for Write<'_, '_, '_, '_, '_, T> {
-    fn run<E: Element<Acc = T>>(self) {
-        self.results.emit(self.src, self.half, self.t, self.references, self.to.rows::<E>());
-    }
-}
-
-/// Elements of rows of results: row, class and value.
-struct Set<'s, 'b, T, I> {
-    to: To<'s, 'b, T>,
-    values: I,
-}
-
-impl<T: Work, I: Iterator<Item = (usize, usize, f64)>> OfType<T> for Set<'_, '_, T, I> {
-    fn run<E: Element<Acc = T>>(self) {
-        let rows = self.to.rows::<E>();
-        self.values.for_each(|(row, class, value)| rows.set(row, class, E::from_f64(value)));
-    }
-}
-
-/// What results are made with.
-#[derive(Clone, Copy)]
-pub(super) struct Results<'r, 'j, 'a> {
-    pub(super) job: &'j Job<'a>,
-    pub(super) from: From,
-    pub(super) tile: &'r Tile,
-    /// The slot of the first row.
-    pub(super) first: usize,
-    /// Whether results may go past the caches: not where exponentials are.
-    pub(super) past: bool,
-}
-
-impl Results<'_, '_, '_> {
-    pub(super) fn write<T: Work>(self, src: Rows<T>, t: Span<T>, references: &[Reference], to: To<T>) {
-        self.read(src, None, t, references, to);
-    }
-
-    /// The same, of halves as they are if there are some.
-    fn read<T: Work>(self, src: Rows<T>, half: Option<HalfRows>, t: Span<T>, references: &[Reference], to: To<T>) {
-        match to {
-            To::Scratch(dst) => self.emit(src, half, t, references, dst),
-            To::Rows(out, ..) | To::Run(out, ..) => T::of_type(out.array().dtype(), Write { results: self, src, half, t, references, to }),
-        }
-    }
-
-    fn emit<O: Element<Acc = T>, T: Work>(
-        self,
-        src: Rows<T>,
-        half: Option<HalfRows>,
-        t: Span<T>,
-        references: &[Reference],
-        dst: RowsMut<O>,
-    ) {
-        let Self { job, from, tile, first, past } = self;
-        let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
-        // (Adjacent rows have no ends of their own there.)
-        let least = if from == From::Logs && O::DTYPE == T::DTYPE && src.line().is_some() && dst.line().is_some() {
-            0
-        } else {
-            STREAMED[usize::from(job.level != Level::Avx512)]
-        };
-        let past = past && job.stores != Stores::Cached && job.classes.size * size_of::<O>() >= least;
-        job.level.run(Emit { scale: job.terms.scale, from, most, tile, first, src, half, t, even: job.even(), references, dst, past });
-    }
-}
-
-/// Finishes a block of gradients in scratch and writes it where it belongs.
-fn unbend_and_write<T: Work>(job: &Job, out: &Out, row: usize, start: usize, slopes: &[T], block: &mut [T]) {
-    let base = job.rows.offset(OUT, row);
-    let offset = base + (start * out.array().dtype().size()) as isize;
-    let to = To::Run(out, offset, block.len());
-    let straight = |x, by| T::of_type(out.array().dtype(), Run { level: job.level, x, by, to });
-    if job.direct_out && job.bend.mask.is_none() && !slopes.is_empty() {
-        return straight(Span::of(block), Span::of(slopes));
-    }
-    if job.bend.is_some() {
-        unbend(job, row, start, slopes, block);
-    }
-    if job.direct_out {
-        straight(Span::of(block), Span::of(&[]));
-    } else {
-        scatter(out, &job.classes, base, start, block, block.len(), 1);
-    }
-}
-
-/// To adjacent elements, rounded once; multiplied by something, if that is there.
-struct Run<'s, 'b, T> {
-    level: Level,
-    x: Span<'s, T>,
-    by: Span<'s, T>,
-    to: To<'s, 'b, T>,
-}
-
-impl<T: Work> OfType<T> for Run<'_, '_, T> {
-    fn run<E: Element<Acc = T>>(self) {
-        let Self { level, x, by, to } = self;
-        let dst = to.rows::<E>().row(0);
-        if by.is_empty() { level.run(Narrow { src: x, dst }) } else { level.run(Product { x, by, dst }) }
-    }
-}
-
-struct Narrow<'s, E, T> {
-    src: Span<'s, T>,
-    dst: SpanMut<'s, E>,
-}
-
-impl<E: Element<Acc = T>, T: Work> Kernel for Narrow<'_, E, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) {
-        copy::convert(isa, self.src, self.dst);
-    }
-}
-
 pub(super) fn put(tile: &mut Tile, slot: usize, state: &State) {
     tile.max[slot] = state.max;
     tile.ties[slot] = state.ties;
@@ -645,49 +494,5 @@ fn share_evenly(strip: &Strip, tile: &mut Tile) {
             tile.t_top[slot] = share * tile.ties[slot];
             tile.t_rest[slot] = share * (job.classes.size as f64 - tile.ties[slot]);
         }
-    }
-}
-
-/// Zeros under False in rows that are NaN elsewhere, unless they are there already.
-fn clear(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
-    let Strip { job, kept, .. } = *strip;
-    if let Some(mask) = job.bend.mask
-        && at_once
-    {
-        for slot in (0..kept.len()).filter(|&slot| !tile.a[slot].is_finite()) {
-            let (from, to) = (job.rows.offset(MASK, kept[slot]), job.rows.offset(OUT, kept[slot]));
-            for class in (0..job.classes.size).filter(|&class| mask.get::<f32>(from + job.classes.offset(MASK, class)) == 0.0) {
-                out.set(to + job.classes.offset(OUT, class), 0.0);
-            }
-        }
-    }
-}
-
-/// The exact values at a lone maximum and at the sparse targets.
-pub(super) fn patch(strip: &Strip, tile: &Tile, out: &Out, at_once: bool) {
-    let Strip { job, kept, .. } = *strip;
-    clear(strip, tile, out, at_once);
-    if job.kind != Kind::Loss {
-        return;
-    }
-    let set = |slot: usize, class: usize, value: f64| {
-        out.set(job.rows.offset(OUT, kept[slot]) + job.classes.offset(OUT, class), value);
-    };
-    if job.terms.dense {
-        (0..kept.len()).filter(|&slot| tile.ties[slot] == 1.0).for_each(|slot| set(slot, tile.arg[slot] as usize, tile.top[slot]));
-    }
-    targets(strip, |slot, j, class| set(slot, class, tile.patch[j * APART + slot]));
-}
-
-/// Writes row results and adds the losses.
-pub(super) fn settle(strip: &Strip, tile: &mut Tile, total: &mut Total) {
-    let Strip { job, kept, .. } = *strip;
-    let loss = job.kind == Kind::Loss;
-    if let Some(result) = job.result {
-        let values = if loss { &tile.loss } else { &tile.lse };
-        strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &values[slot..], 1));
-    }
-    if loss {
-        total.add(job.level, &mut tile.loss, kept.len());
     }
 }

@@ -12,6 +12,7 @@ mod few;
 mod job;
 mod kl;
 mod plan;
+mod results;
 mod score;
 mod scratch;
 mod segments;

@@ -10,10 +10,11 @@ use crate::kernels::rows::{BLOCK, Reduce, Wanted};
 use crate::kernels::state::{Reference, State};
 use crate::threads;
 
-use super::by_rows::{Results, To, Way, patch, put, settle};
+use super::by_rows::{Way, put};
 use super::job::{Job, Kind, OUT, Stores, X};
+use super::results::{Results, To, patch};
 use super::scratch::{Scratch, Work};
-use super::strip::{Finish, Strip, Total, ignored, prepare};
+use super::strip::{Finish, Strip, Total, ignored, prepare, settle};
 
 /// Classes of a segment.
 const SEGMENT: usize = 64 * BLOCK;

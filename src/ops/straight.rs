@@ -11,11 +11,10 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::by_columns::Emit;
-use super::by_rows::settle;
 use super::job::{Job, Kind, OUT, X};
 use super::plan::Path;
 use super::scratch::{Buffers, Scratch, Work, room};
-use super::strip::{Finish, Strip, Total, leave_out, left_out, prepare, targets};
+use super::strip::{Finish, Strip, Total, leave_out, left_out, prepare, settle, targets};
 
 /// Columns that are worked on together: memory reads runs of a page at its own speed, and shorter ones at half of it.
 pub(super) const RUN: usize = 1024;

@@ -273,3 +273,16 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
     }
     None
 }
+
+/// Writes row results and adds the losses.
+pub(super) fn settle(strip: &Strip, tile: &mut Tile, total: &mut Total) {
+    let Strip { job, kept, .. } = *strip;
+    let loss = job.kind == Kind::Loss;
+    if let Some(result) = job.result {
+        let values = if loss { &tile.loss } else { &tile.lse };
+        strip.runs(RESULT, |offset, stride, slot, n| result.write(offset, stride, n, &values[slot..], 1));
+    }
+    if loss {
+        total.add(job.level, &mut tile.loss, kept.len());
+    }
+}
