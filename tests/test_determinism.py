@@ -104,6 +104,25 @@ def test_large_results_are_those_of_their_rows(level, dtype, classes):
     assert not gaps[:, -2:].any()
 
 
+@pytest.mark.parametrize(("classes", "width"), [(2, 32_768), (5, 8192), (21, 4099), (100, 1024), (100, 1031)])
+def test_large_results_are_those_of_their_columns(level, dtype, classes, width):
+    rng = np.random.default_rng(classes)
+    n = (17 << 20) // (classes * width * dtype.itemsize) + 1
+    x = rng.normal(0, 3, (n, classes, width)).astype(np.float32).astype(dtype)
+    y = rng.integers(0, classes, (n, width))
+    parts = np.array_split(np.arange(n), 8)
+    logs = np.concatenate([ce.log_softmax(x[part], 1) for part in parts])
+    grad = np.concatenate([ce.cross_entropy_with_grad(x[part], y[part], axis=1, reduction="none")[1] for part in parts])
+    room = np.zeros(x.size + 64, dtype)
+    for shift in (0, 4, 9):
+        out = room[shift : shift + x.size].reshape(x.shape)
+        assert ce.log_softmax(x, 1, out=out).tobytes() == logs.tobytes()
+        assert ce.cross_entropy_with_grad(x, y, axis=1, reduction="none", out=out)[1].tobytes() == grad.tobytes()
+        assert not room[:shift].any()
+        assert not room[shift + x.size :].any()
+        room[:] = 0
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 10, 16, 17, 33, 64, 65, 100, 513, 2000])
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 def test_a_row_does_not_depend_on_the_others(level, dtype, classes, columns):

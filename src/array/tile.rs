@@ -115,6 +115,12 @@ impl<'a, E: Element> Columns<'a, E> {
         (self.ptr as usize).wrapping_neg() % vector / size_of::<E>()
     }
 
+    /// Bytes.
+    #[inline(always)]
+    pub fn stride(self) -> isize {
+        self.stride * size_of::<E>() as isize
+    }
+
     /// The same where the columns are known to fill the vector.
     #[inline(always)]
     pub fn load_whole<S: Isa>(self, isa: S, c: usize, j: usize) -> Vf<S, E::Acc> {

@@ -16,11 +16,23 @@ pub fn copy_in<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, src: Columns<E>, t
     }
 }
 
-/// The inverse of [`copy_in`]; `stream` writes past the caches.
+/// The inverse of [`copy_in`]; `stream` writes past the caches, if vectors lie on lines there. (Lines in parts would keep all others waiting: they are asked for.)
 #[inline(always)]
 pub fn copy_out<S: Isa, E: Element<Acc = T>, T: Float>(isa: S, tile: Columns<T>, dst: ColumnsMut<E>, stream: bool) {
-    for c in 0..dst.read().classes() {
-        for j in (0..dst.read().width()).step_by(Vf::<S, T>::LANES) {
+    let (step, classes, width) = (Vf::<S, T>::LANES, dst.read().classes(), dst.read().width());
+    let lead = if stream && E::DTYPE == T::DTYPE { dst.read().lead::<S>().min(width) } else { 0 };
+    if lead > 0 {
+        for c in 0..classes {
+            dst.read().prefetch(isa, c, 2 * dst.read().stride());
+            dst.put(isa, c, (0, lead), false, tile.load_whole(isa, c, 0));
+            for j in (lead..width).step_by(step) {
+                dst.store(isa, c, j, false, tile.load(isa, c, j));
+            }
+        }
+        return;
+    }
+    for c in 0..classes {
+        for j in (0..width).step_by(step) {
             dst.store(isa, c, j, stream, tile.load_whole(isa, c, j));
         }
     }
