@@ -14,15 +14,19 @@ use half::{bf16, f16};
 enum Operation {
     Loss,
     Gradient,
+    Smoothed,
     LogSoftmax,
 }
 
 #[inline(always)]
 fn call(exec: &Exec, operation: Operation, x: &Array, axis: usize, target: &Target, out: Out) -> Result<f64, Error> {
-    let options = LossOptions::default();
+    let mut options = LossOptions::default();
+    if matches!(operation, Operation::Smoothed) {
+        options.label_smoothing = 0.1;
+    }
     match operation {
         Operation::Loss => cross_entropy(exec, x, axis, target, &options, None, None),
-        Operation::Gradient => {
+        Operation::Gradient | Operation::Smoothed => {
             cross_entropy(exec, x, axis, target, &options, None, Some(&Grad { out, grad_output: GradOutput::Scalar(1.0) }))
         }
         Operation::LogSoftmax => log_softmax(exec, x, &[axis], &out).map(|()| 0.0),
@@ -60,6 +64,7 @@ fn main() -> ExitCode {
         let operation = match operation.as_str() {
             "loss" => Operation::Loss,
             "gradient" => Operation::Gradient,
+            "smoothed" => Operation::Smoothed,
             "log_softmax" => Operation::LogSoftmax,
             _ => return None,
         };
@@ -68,7 +73,9 @@ fn main() -> ExitCode {
         Some((Level::from_name(level)?, operation, rows.parse().ok()?, classes.parse().ok()?, axis, dtype.clone()))
     };
     let Some((level, operation, rows, classes, axis, dtype)) = parsed() else {
-        eprintln!("usage: case avx2|avx512|neon|scalar loss|gradient|log_softmax ROWSxCLASSES[F] float16|bfloat16|float32|float64");
+        eprintln!(
+            "usage: case avx2|avx512|neon|scalar loss|gradient|smoothed|log_softmax ROWSxCLASSES[F] float16|bfloat16|float32|float64"
+        );
         return ExitCode::FAILURE;
     };
     if !level.available() {

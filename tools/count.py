@@ -23,9 +23,10 @@ TOLERANCE = 0.02
 CASES = [
     *(
         f"{operation} {shape} float32"
-        for shape in ("64x32000", "512x1000", "4096x100")
+        for shape in ("64x32000", "256x2000", "512x1000", "4096x100")
         for operation in ("loss", "gradient", "log_softmax")
     ),
+    *(f"smoothed {shape} float32" for shape in ("64x32000", "512x1000", "8192x10")),
     *(f"{operation} {shape} float32" for shape in ("8192x10", "8192x2", "1x10") for operation in ("loss", "gradient")),
     *(f"{operation} 64x32000 {dtype}" for dtype in ("bfloat16", "float16", "float64") for operation in ("loss", "gradient")),
     *(f"{operation} 1100x500F {dtype}" for dtype in ("float32", "float16", "float64") for operation in ("loss", "gradient")),
