@@ -222,6 +222,14 @@ impl<V: Vector> Lane<V> {
     }
 }
 
+/// A sum, and Knuth's rounding error of it, exactly.
+#[inline(always)]
+fn two_sum<V: Vector>(a: V, b: V) -> (V, V) {
+    let sum = a + b;
+    let t = sum - a;
+    (sum, (a - (sum - t)) + (b - t))
+}
+
 /// What there is of every row but the losses. With STORE the exponentials replace the logits.
 #[inline(always)]
 fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsMut<T>, rows: Rows<T>, mut next: Next) {
@@ -274,18 +282,30 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
                 }
                 c += 4;
             }
-            while c < end {
+            // Not all to one, whose sum would be rounded as often.
+            if c < end {
                 row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
                 next.ask(isa, &mut done);
-                c += 1;
             }
+            if c + 1 < end {
+                row.add::<S, T, STORE, 1>(isa, &at, (max, class), tile, c + 1, j);
+                next.ask(isa, &mut done);
+            }
+            if c + 2 < end {
+                row.add::<S, T, STORE, 2>(isa, &at, (max, class), tile, c + 2, j);
+                next.ask(isa, &mut done);
+            }
+            c = end;
             let [r0, r1, r2, r3] = core::mem::replace(&mut row.rest, [zero; 4]);
-            let (before, part) = (sum, (r0 + r1) + (r2 + r3));
-            sum = before + part;
+            let (a, b) = (two_sum(r0, r1), two_sum(r2, r3));
+            let part = two_sum(a.0, b.0);
+            let all = two_sum(sum, part.0);
+            sum = all.0;
+            if S::REGISTERS >= 32 {
+                lost = lost + ((a.1 + b.1) + part.1);
+            }
             if classes > TOGETHER {
-                // Knuth's two-sum: the rounding error of the addition, exactly.
-                let t = sum - before;
-                lost = lost + ((before - (sum - t)) + (part - t));
+                lost = lost + all.1;
             }
         }
         rows.max.nth(i, step).store(isa, 0, origin);
