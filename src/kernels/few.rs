@@ -240,6 +240,8 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
     // Exact: both are whole, and so is their difference.
     let (whole, all) = (Vf::<S, T>::splat(isa, T::WHOLE), splat::<S, T>(isa, T::WHOLE.to_f64() + classes as f64));
     let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / scale);
+    // There are half as many accumulators where registers are few.
+    let together = if S::REGISTERS < 32 { TOGETHER / 2 } else { TOGETHER };
     for i in 0..rows.class.len() / step {
         let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
         let mut row = Lane { rest: [zero; 4], below: whole, logit: zero, number: zero };
@@ -270,7 +272,7 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
         let (mut sum, mut lost) = (zero, zero);
         let mut c = 0;
         while c < classes {
-            let end = classes.min(c + TOGETHER);
+            let end = classes.min(c + together);
             while end - c >= 4 {
                 let four = tile.part(c, 4);
                 row.add::<S, T, STORE, 0>(isa, &at, (max, class), four, 0, j);
@@ -304,7 +306,7 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
             if S::REGISTERS >= 32 {
                 lost = lost + ((a.1 + b.1) + part.1);
             }
-            if classes > TOGETHER {
+            if classes > together {
                 lost = lost + all.1;
             }
         }
