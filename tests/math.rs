@@ -5,7 +5,8 @@
 //! The exhaustive tests are `cargo test --release --test math -- --ignored --nocapture`.
 
 use crossent::array::{Float, Span, SpanMut, Vf};
-use crossent::kernels::math::{Exp, Real, exp_full, log1p, log1p_inverse, tanh, tanh_sech2};
+use crossent::kernels::math::{Exp, exp_full, log1p, log1p_inverse, tanh, tanh_sech2};
+use crossent::kernels::real::Real;
 use crossent::simd::{Isa, Kernel, Level, Vector};
 
 // ---- running a function over a slice, on a level ---------------------------------------------------------------------------------
@@ -15,6 +16,8 @@ enum Op {
     Exp2,
     /// What the kernels take: the same for one k, by tables where the level has them.
     Anchored,
+    /// The closer of these.
+    Split,
     Reference,
     ExpFull,
     Tanh,
@@ -45,6 +48,7 @@ impl<T: Real> Kernel for Run<'_, T> {
             let y = match self.op {
                 Op::Exp2 => e.exp2(x, ks.load(isa, i)),
                 Op::Anchored => e.anchor(ks.load(isa, i)).exp2(x),
+                Op::Split => e.split(ks.load(isa, i)).exp2(x),
                 Op::Reference => e.reference(x),
                 Op::ExpFull => exp_full(isa, &e, x),
                 Op::Tanh => tanh(isa, x),
@@ -275,7 +279,7 @@ impl Oracle for f32 {
     fn exact(op: Op, scale: f64, x: f32, k: f32) -> Exact {
         let x = f64::from(x);
         match op {
-            Op::Exp2 | Op::Anchored | Op::ExpFull => {
+            Op::Exp2 | Op::Anchored | Op::Split | Op::ExpFull => {
                 // Far beyond the range it makes no difference, and the reduction stays accurate.
                 let x = if op == Op::ExpFull { x.clamp(-1000.0, 1000.0) } else { x };
                 // The integer part leaves before float64 rounds: 2^-53 of |r|, not of |x|.
@@ -307,7 +311,7 @@ impl Oracle for f64 {
     const EXPONENTS: [i32; 6] = [23, 0, -900, 60, -1022, -1050];
     fn exact(op: Op, scale: f64, x: f64, k: f64) -> Exact {
         match op {
-            Op::Exp2 | Op::Anchored | Op::ExpFull => {
+            Op::Exp2 | Op::Anchored | Op::Split | Op::ExpFull => {
                 let (value, n) = log2_of(scale, x).exp2();
                 Exact { value, exponent: n - k as i32 }
             }
@@ -447,14 +451,14 @@ fn measure<T: Oracle>(op: Op, scale: f64, bound: f64, samples: impl Iterator<Ite
 /// A reference that puts the result of `exp2(x, k)` at one of `T::EXPONENTS`; not at subnormals, or close to them, for those that give 0 there. 0 for
 /// functions that have none.
 fn some_k<T: Oracle>(op: Op, scale: f64, x: T, turn: &mut usize) -> T {
-    if !matches!(op, Op::Exp2 | Op::Anchored) {
+    if !matches!(op, Op::Exp2 | Op::Anchored | Op::Split) {
         return T::ZERO;
     }
     let n = (x.to_f64() * scale * core::f64::consts::LOG2_E).round();
     *turn += 1;
     // Mostly ordinary exponents.
     let d = if turn.is_multiple_of(2) { T::EXPONENTS[0] } else { T::EXPONENTS[*turn / 2 % 6] };
-    let d = if op == Op::Anchored { d.max(T::MIN_EXP + ANCHORED_LOSES) } else { d };
+    let d = if matches!(op, Op::Anchored | Op::Split) { d.max(T::MIN_EXP + ANCHORED_LOSES) } else { d };
     T::from_f64(n - f64::from(d))
 }
 
@@ -485,6 +489,8 @@ fn report<T: Oracle>(op: Op, scale: f64, bound: f64, count: u64, levels: &[Level
 const EXP_F32_BOUND: f64 = 1.1;
 /// Of all float32: with tables there are two more roundings, of what is looked up and of the product.
 const ANCHORED_F32_BOUND: f64 = 1.75;
+/// One rounding less.
+const SPLIT_F32_BOUND: f64 = 1.1;
 const ANCHORED_F64_BOUND: f64 = 1.2;
 /// Closer than documented, because the samples here are the same in every run.
 const EXP_F64_BOUND: f64 = 1.0;
@@ -524,24 +530,28 @@ fn exp2_f64() {
 #[test]
 fn anchored_f32() {
     let limit = f64::from(f32::LIMIT);
-    measure::<f32>(Op::Anchored, 1.0, ANCHORED_F32_BOUND, bit_space(limit, 3_000_000));
-    measure::<f32>(Op::Anchored, 1.0, ANCHORED_F32_BOUND, uniform(limit, 1_000_000, 1));
-    measure::<f32>(Op::Anchored, 1.0, ANCHORED_F32_BOUND, uniform(150.0, 1_000_000, 2));
-    for (seed, scale) in [0.5, 1.0 / 0.7, 1.0 / 3.0, 1e-30, 1e30, 10.0, 0.01].into_iter().enumerate() {
-        measure::<f32>(Op::Anchored, scale, ANCHORED_F32_BOUND, uniform(limit / scale, 100_000, seed as u64));
-        measure::<f32>(Op::Anchored, scale, ANCHORED_F32_BOUND, uniform(100.0 / scale, 100_000, seed as u64));
+    for (op, bound) in [(Op::Anchored, ANCHORED_F32_BOUND), (Op::Split, SPLIT_F32_BOUND)] {
+        measure::<f32>(op, 1.0, bound, bit_space(limit, 3_000_000));
+        measure::<f32>(op, 1.0, bound, uniform(limit, 1_000_000, 1));
+        measure::<f32>(op, 1.0, bound, uniform(150.0, 1_000_000, 2));
+        for (seed, scale) in [0.5, 1.0 / 0.7, 1.0 / 3.0, 1e-30, 1e30, 10.0, 0.01].into_iter().enumerate() {
+            measure::<f32>(op, scale, bound, uniform(limit / scale, 100_000, seed as u64));
+            measure::<f32>(op, scale, bound, uniform(100.0 / scale, 100_000, seed as u64));
+        }
     }
 }
 
 #[test]
 fn anchored_f64() {
     let limit = f64::LIMIT;
-    measure::<f64>(Op::Anchored, 1.0, ANCHORED_F64_BOUND, bit_space(limit, 300_000));
-    measure::<f64>(Op::Anchored, 1.0, ANCHORED_F64_BOUND, uniform(limit, 100_000, 3));
-    measure::<f64>(Op::Anchored, 1.0, ANCHORED_F64_BOUND, uniform(1000.0, 100_000, 4));
-    for (seed, scale) in [0.5, 1.0 / 0.7, 1.0 / 3.0, 1e-200, 1e200, 10.0, 0.01].into_iter().enumerate() {
-        measure::<f64>(Op::Anchored, scale, ANCHORED_F64_BOUND, uniform(limit / scale, 20_000, seed as u64));
-        measure::<f64>(Op::Anchored, scale, ANCHORED_F64_BOUND, uniform(100.0 / scale, 20_000, seed as u64));
+    for op in [Op::Anchored, Op::Split] {
+        measure::<f64>(op, 1.0, ANCHORED_F64_BOUND, bit_space(limit, 300_000));
+        measure::<f64>(op, 1.0, ANCHORED_F64_BOUND, uniform(limit, 100_000, 3));
+        measure::<f64>(op, 1.0, ANCHORED_F64_BOUND, uniform(1000.0, 100_000, 4));
+        for (seed, scale) in [0.5, 1.0 / 0.7, 1.0 / 3.0, 1e-200, 1e200, 10.0, 0.01].into_iter().enumerate() {
+            measure::<f64>(op, scale, ANCHORED_F64_BOUND, uniform(limit / scale, 20_000, seed as u64));
+            measure::<f64>(op, scale, ANCHORED_F64_BOUND, uniform(100.0 / scale, 20_000, seed as u64));
+        }
     }
 }
 
@@ -552,10 +562,12 @@ fn anchored_special<T: Oracle>() {
             let zero = (k + f64::from(T::MIN_EXP) - 1.5) * core::f64::consts::LN_2;
             let x: Vec<T> = [T::NEG_INF.to_f64(), -T::MAX.to_f64(), -1e30, zero - 1e4, zero - 1.0, zero].map(T::from_f64).into();
             let k = T::from_f64(k);
-            for (x, got) in x.iter().zip(eval(level, Op::Anchored, 1.0, &x, &vec![k; x.len()])) {
-                assert_eq!(got.to_f64(), 0.0, "x = {:e}, k = {} on {}", x.to_f64(), k.to_f64(), level.name());
+            for op in [Op::Anchored, Op::Split] {
+                for (x, got) in x.iter().zip(eval(level, op, 1.0, &x, &vec![k; x.len()])) {
+                    assert_eq!(got.to_f64(), 0.0, "{op:?}: x = {:e}, k = {} on {}", x.to_f64(), k.to_f64(), level.name());
+                }
+                assert!(eval(level, op, 1.0, &[T::from_f64(f64::NAN)], &[k])[0].to_f64().is_nan(), "{op:?} on {}", level.name());
             }
-            assert!(eval(level, Op::Anchored, 1.0, &[T::from_f64(f64::NAN)], &[k])[0].to_f64().is_nan(), "{}", level.name());
         }
     }
 }
@@ -874,6 +886,12 @@ fn exp2_every_f32() {
 #[ignore = "minutes: every float32"]
 fn anchored_every_f32() {
     exhaust(Op::Anchored, f32::LIMIT, ANCHORED_F32_BOUND);
+}
+
+#[test]
+#[ignore = "minutes: every float32"]
+fn split_every_f32() {
+    exhaust(Op::Split, f32::LIMIT, SPLIT_F32_BOUND);
 }
 
 #[test]

@@ -314,3 +314,24 @@ def test_tied_maxima_cost_the_true_class_nothing(level):
             want, _ = exact_gradient(exact(x), target_mass(x, y))
             at = np.arange(50), y
             assert_ulps(grad[at], DD(want.hi[at], want.lo[at]), dtype, 1.5, what="gradient")
+
+
+@pytest.mark.parametrize("classes", [3, 4, 8, 10, 13, 15, 16, 21, 32])
+def test_many_rows_of_few_classes(classes):
+    """What one row in a million has: float32 sums in float32 are close to the bound, and few rows do not show it."""
+    rng = np.random.default_rng(classes)
+    for spread in (1.5, 2.5, 4.0):
+        x = (rng.standard_normal((1_000_000 // classes, classes)) * spread).astype(np.float32)
+        e = x.astype(np.float64)
+        top = x.argmax(-1)
+        rows = np.arange(len(x))
+        e = np.exp(e - e[rows, top][:, None])
+        p = e / e.sum(-1, keepdims=True)
+        e[rows, top] = 0.0
+        loss = np.log1p(e.sum(-1))
+        for level in each_level():
+            got = ce.cross_entropy(x, top, reduction="none")
+            worst = (np.abs(got - loss) / np.spacing(loss.astype(np.float32))).max()
+            assert worst <= LOSS, f"{level} loss: {worst:.2f} ULP"
+            worst = (np.abs(ce.softmax(x) - p) / np.spacing(p.astype(np.float32))).max()
+            assert worst <= ENTRY, f"{level} softmax: {worst:.2f} ULP"

@@ -1,7 +1,7 @@
-"""Derives the constants of src/kernels/math.rs.
+"""Derives the constants of src/kernels/real.rs.
 
     python tools/minimax.py            print them as Rust
-    python tools/minimax.py --check    compare them with src/kernels/math.rs; exit 1 on any difference
+    python tools/minimax.py --check    compare them with src/kernels/real.rs; exit 1 on any difference
 
 Needs mpmath. Each polynomial is the weighted minimax fit (Remez exchange) of one function. Its coefficients are rounded to the working
 type one by one, lowest degree first; after each rounding the remaining ones are fitted again, so that they make up for it.
@@ -16,7 +16,7 @@ from pathlib import Path
 from mpmath import mp, mpf
 
 mp.dps = 60
-SOURCE = Path(__file__).resolve().parent.parent / "src" / "kernels" / "math.rs"
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "kernels" / "real.rs"
 GRID = 1500
 
 
@@ -187,16 +187,20 @@ def constants():
         degree = {24: 6, 53: 11}[bits]
         values, error = exp2_polynomial(bits, degree, reach)
         yield name, "EXP2", values, error
+        # With 8 and 16 steps per octave.
+        eighth, sixteenth = mpf(1) / 16 + mpf(2) ** -slack, mpf(1) / 32 + mpf(2) ** -slack
         if name == "f32":
-            # With 8 steps per octave. 53.6 steps would make the last coefficient one; of those beside it, the one that rounds best.
-            lead = mpf(53) / 8
-            values, error = exp2_monic(bits, 4, mpf(1) / 16 + mpf(2) ** -slack, lead)
+            values, error = exp2_polynomial(bits, 4, eighth)
             yield name, "EXP2_8", values, error
-            yield name, "LEAD_8", [lead], None
-        # With 16.
-        values, error = exp2_polynomial(bits, {24: 3, 53: 6}[bits], mpf(1) / 32 + mpf(2) ** -slack)
+        values, error = exp2_polynomial(bits, {24: 3, 53: 6}[bits], sixteenth)
         yield name, "EXP2_16", values, error
         yield name, "OCTAVE", [round_to(mpf(2) ** (mpf(j) / 16), bits) for j in range(16)], None
+        if name == "f32":
+            # 53.6 steps would make the last coefficient one; of those beside it, the one that rounds best.
+            lead = mpf(53) / 8
+            values, error = exp2_monic(bits, 4, eighth, lead)
+            yield name, "LED_8", values, error
+            yield name, "LEAD_8", [lead], None
         values, error = expm1_polynomial(bits, degree + 1)
         yield name, "EXPM1", values, error
         yield name, "LN2", split(mp.log(2), bits), None
@@ -232,7 +236,7 @@ def grouped(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with src/kernels/math.rs")
+    parser.add_argument("--check", action="store_true", help="compare with src/kernels/real.rs")
     check = parser.parse_args().check
     source = SOURCE.read_text() if check else ""
     wrong = 0

@@ -10,7 +10,8 @@ use crate::array::{Columns, ColumnsMut, DType, Element, Float, Span, SpanMut, Vf
 use crate::simd::{Isa, Mask, Vector};
 
 use super::finish::Tile;
-use super::math::{Anchored, Exp, Real};
+use super::math::{Exp, Split, SplitSum};
+use super::real::Real;
 use super::state::{Reference, Summand, Wide, splat};
 
 /// Classes per block, and the most that are summed in one go.
@@ -284,28 +285,31 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool>(
     let (zero, whole) = (Vf::<S, T>::splat(isa, T::ZERO), Vf::<S, T>::splat(isa, T::WHOLE));
     let classes = x.read().classes();
     let State { max, k, b, .. } = *state;
-    let of = Of { at: exp.anchor(k), max, origin: origin::<S, T>(isa, max), b };
+    let of = Of { at: exp.split(k), max, origin: origin::<S, T>(isa, max), b };
     // Where registers are few, two accumulators: the constants need them more.
     let accumulators = if S::REGISTERS < 32 { 2 } else { 4 };
-    let none = Part { rest: zero, lin: zero, t_rest: zero, t_top: zero };
+    let none = Part { lin: zero, t_rest: zero, t_top: zero };
     let (mut count, mut arg) = (whole, linear.arg);
     let mut c = 0;
     while c < classes {
         let end = classes.min(c + ADDITIONS * accumulators);
-        let mut parts = [none; 4];
+        let (mut rest, mut parts) = (SplitSum::zero(isa), [none; 4]);
         while c < end {
+            let mut four = [zero; 4];
             // Every index of an accumulator is known to the compiler: otherwise all of them would live in memory.
-            for u in 0..4 {
+            for (u, q) in four.iter_mut().enumerate() {
                 if c + 4 <= end || c + u < end {
                     let (part, number) = (&mut parts[u % accumulators], (first + c + u) as f64);
-                    add_class::<S, T, LIN>(isa, &of, store, x, (c + u, j), dense, number, part, (&mut count, &mut arg));
+                    *q = add_class::<S, T, LIN>(isa, &of, store, x, (c + u, j), dense, number, &mut rest, part, (&mut count, &mut arg));
                 }
             }
+            rest.add(four);
             c += 4;
         }
-        let [p, q, r, s] = parts;
-        T::add(isa, &mut state.rest, (p.rest + q.rest) + (r.rest + s.rest));
+        T::add(isa, &mut state.rest, rest.sum);
+        T::add(isa, &mut state.rest, rest.little);
         if LIN {
+            let [p, q, r, s] = parts;
             T::add(isa, &mut linear.lin, (p.lin + q.lin) + (r.lin + s.lin));
             T::add(isa, &mut linear.t_rest, (p.t_rest + q.t_rest) + (r.t_rest + s.t_rest));
             T::add(isa, &mut linear.t_top, (p.t_top + q.t_top) + (r.t_top + s.t_top));
@@ -317,22 +321,21 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool>(
 
 /// What the classes of some columns are relative to.
 struct Of<V: Vector> {
-    at: Anchored<V>,
+    at: Split<V>,
     max: V,
     origin: V,
     b: V,
 }
 
-/// Sums in the type of the logits.
+/// Sums of a dense stream, in the type of the logits.
 #[derive(Clone, Copy)]
 struct Part<V> {
-    rest: V,
     lin: V,
     t_rest: V,
     t_top: V,
 }
 
-/// Adds one class, the `number`th of its row.
+/// Adds one class, the `number`th of its row, but for the q that it returns.
 #[inline(always)]
 fn add_class<S: Isa, T: Summand, const LIN: bool>(
     isa: S,
@@ -342,18 +345,18 @@ fn add_class<S: Isa, T: Summand, const LIN: bool>(
     (c, j): (usize, usize),
     dense: Dense<T>,
     number: f64,
+    rest: &mut SplitSum<Vf<S, T>>,
     part: &mut Part<Vf<S, T>>,
     (count, arg): (&mut Vf<S, T>, &mut Vf<S, T>),
-) {
+) -> Vf<S, T> {
     let v = x.read().load_whole(isa, c, j);
     // b is 0 except where the maximum is off the grid: then x − b is exact or dwarfed by x's own spacing.
-    let (p, q) = of.at.parts(v - of.b);
+    let (q, s) = of.at.parts(v - of.b);
     if store {
-        x.store_whole(isa, c, j, p * q);
+        x.store_whole(isa, c, j, Split::whole(q, s));
     }
     // Unordered: a NaN is not the maximum and so reaches the sum.
     let below = v.ne(of.max);
-    part.rest = part.rest.fma_where(below, p, q);
     *count = count.count_where(below);
     if LIN {
         let top = v.eq(of.max);
@@ -363,6 +366,7 @@ fn add_class<S: Isa, T: Summand, const LIN: bool>(
         part.t_top = part.t_top.add_where(top, w);
         *arg = Vf::<S, T>::select(top, splat::<S, T>(isa, number), *arg);
     }
+    rest.take(isa, below, (q, s))
 }
 
 /// The factors of [`rebase`], in two steps, where an offset changes: rare, and the vector exponential cannot take a difference of two references off

@@ -16,7 +16,8 @@ use crate::array::{Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
 use super::input::ask;
-use super::math::{Real, polynomial};
+use super::math::polynomial;
+use super::real::Real;
 use super::scan::BLOCK;
 use super::scan::{Constants, Lanes, Raised, Softmax, ln_1p, stretch};
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};

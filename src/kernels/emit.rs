@@ -4,7 +4,8 @@ use crate::array::{DType, Element, Float, HalfRows, Rows, RowsMut, Span, SpanMut
 use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::finish::{SURE, Tile};
-use super::math::{Anchored, Exp, Real};
+use super::math::{Anchored, Exp};
+use super::real::Real;
 use super::rows::BLOCK;
 use super::state::{Reference, Summand, splat};
 

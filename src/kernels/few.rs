@@ -6,8 +6,10 @@
 use crate::array::{Columns, ColumnsMut, DType, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 
+use super::columns::BLOCK;
 use super::finish::Odds;
-use super::math::{Anchored, Exp, Real};
+use super::math::{Exp, Split, SplitSum};
+use super::real::Real;
 use super::state::{Summand, splat};
 
 /// A tile of logits, as a kernel; see [`super::columns`] for what a tile is. The result says whether rows were left to [`super::finish`]: those
@@ -161,12 +163,9 @@ impl<T: Summand> Kernel for Few<'_, T> {
     }
 }
 
-/// Classes that are summed one by one, to four accumulators: long chains of additions would lose digits.
-const TOGETHER: usize = 16;
-
 /// What is gathered of the classes of a row in each lane.
 struct Lane<V> {
-    rest: [V; 4],
+    rest: SplitSum<V>,
     /// Classes below the maximum, counted from [`Real::WHOLE`] on.
     below: V,
     logit: V,
@@ -174,60 +173,49 @@ struct Lane<V> {
     number: V,
 }
 
-/// Whether the target's logit is found in the loop of the maximum instead of that of the sums, where registers are few. (Elsewhere the one waits for memory, and the
-/// other does not wait for this.)
+/// Whether the target's logit is found in the loop of the maximum instead of that of the sums, and the numbers of classes are in memory, where registers are few.
+/// (Elsewhere the one waits for memory, and the other does not wait for this.)
 #[inline(always)]
 const fn early<S: Isa>() -> bool {
     S::REGISTERS < 32
 }
 
-impl<V: Vector> Lane<V> {
+impl<V: Vector<Elem: Real>> Lane<V> {
     /// Keeps the logit if its class is the row's.
     #[inline(always)]
-    fn find<S: Isa, T: Real<V<S> = V>>(&mut self, isa: S, class: V, v: V)
-    where
-        V: Vector<Elem = T, Isa = S>,
-    {
-        self.logit = V::select(class.eq(self.number), v, self.logit);
-        self.number = self.number + V::splat(isa, T::ONE);
+    fn find(&mut self, class: V, number: V, v: V) {
+        self.logit = V::select(class.eq(number), v, self.logit);
     }
 
-    /// Adds a class; with STORE its exponential takes its place.
+    /// Takes a class up, and returns its q; with STORE its exponential takes its place.
     #[inline(always)]
-    fn add<S: Isa, T: Real<V<S> = V>, const STORE: bool, const U: usize>(
+    fn take<S: Isa, T: Real<V<S> = V>, const STORE: bool>(
         &mut self,
         isa: S,
-        at: &Anchored<V>,
+        at: &Split<V>,
         (max, class): (V, V),
         tile: ColumnsMut<T>,
         c: usize,
         j: usize,
-    ) where
+    ) -> V
+    where
         V: Vector<Elem = T, Isa = S>,
     {
         let v = tile.read().load_whole(isa, c, j);
-        let (p, q) = at.parts(v);
+        let (q, s) = at.parts(v);
         if STORE {
-            tile.store_whole(isa, c, j, p * q);
+            tile.store_whole(isa, c, j, Split::whole(q, s));
         }
         // Unordered: a NaN is not the maximum and so reaches the sum.
         let below = v.ne(max);
-        // Where registers are few, two accumulators: the constants need them more.
-        let u = if S::REGISTERS < 32 { U & 1 } else { U };
-        self.rest[u] = self.rest[u].fma_where(below, p, q);
+        let q = self.rest.take(isa, below, (q, s));
         self.below = self.below.count_where(below);
         if !early::<S>() {
-            self.find::<S, T>(isa, class, v);
+            self.find(class, self.number, v);
+            self.number = self.number + V::splat(isa, T::ONE);
         }
+        q
     }
-}
-
-/// A sum, and Knuth's rounding error of it, exactly.
-#[inline(always)]
-fn two_sum<V: Vector>(a: V, b: V) -> (V, V) {
-    let sum = a + b;
-    let t = sum - a;
-    (sum, (a - (sum - t)) + (b - t))
 }
 
 /// What there is of every row but the losses. With STORE the exponentials replace the logits.
@@ -240,11 +228,16 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
     // Exact: both are whole, and so is their difference.
     let (whole, all) = (Vf::<S, T>::splat(isa, T::WHOLE), splat::<S, T>(isa, T::WHOLE.to_f64() + classes as f64));
     let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / scale);
-    // There are half as many accumulators where registers are few.
-    let together = if S::REGISTERS < 32 { TOGETHER / 2 } else { TOGETHER };
+    let mut numbers = [T::ZERO; BLOCK];
+    let numbers = &mut numbers[..classes];
+    if early::<S>() {
+        for (c, number) in numbers.iter_mut().enumerate() {
+            *number = T::from_f64(c as f64);
+        }
+    }
     for i in 0..rows.class.len() / step {
         let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
-        let mut row = Lane { rest: [zero; 4], below: whole, logit: zero, number: zero };
+        let mut row = Lane { rest: SplitSum::zero(isa), below: whole, logit: zero, number: zero };
         // In this order a NaN is passed over; it comes back through the sum.
         let (mut max, mut other) = (lowest, lowest);
         let mut c = 0;
@@ -253,8 +246,9 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
             let [u, v] = [two.load_whole(isa, 0, j), two.load_whole(isa, 1, j)];
             (max, other) = (u.max(max), v.max(other));
             if early::<S>() {
-                row.find::<S, T>(isa, class, u);
-                row.find::<S, T>(isa, class, v);
+                let numbers = &numbers[c..c + 2];
+                row.find(class, Vf::<S, T>::splat(isa, numbers[0]), u);
+                row.find(class, Vf::<S, T>::splat(isa, numbers[1]), v);
             }
             c += 2;
         }
@@ -262,61 +256,47 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
             let v = x.load_whole(isa, c, j);
             max = v.max(max);
             if early::<S>() {
-                row.find::<S, T>(isa, class, v);
+                row.find(class, Vf::<S, T>::splat(isa, numbers[c]), v);
             }
         }
         let max = other.max(max);
         let near = max.abs().le(limit);
         let origin = Vf::<S, T>::select(near, max, zero);
-        let at = exp.anchor(exp.reference(origin));
-        let (mut sum, mut lost) = (zero, zero);
+        let at = exp.split(exp.reference(origin));
         let mut c = 0;
-        while c < classes {
-            let end = classes.min(c + together);
-            while end - c >= 4 {
-                let four = tile.part(c, 4);
-                row.add::<S, T, STORE, 0>(isa, &at, (max, class), four, 0, j);
-                row.add::<S, T, STORE, 1>(isa, &at, (max, class), four, 1, j);
-                row.add::<S, T, STORE, 2>(isa, &at, (max, class), four, 2, j);
-                row.add::<S, T, STORE, 3>(isa, &at, (max, class), four, 3, j);
-                for _ in 0..4 {
-                    next.ask(isa, &mut done);
-                }
-                c += 4;
+        while classes - c >= 4 {
+            let four = tile.part(c, 4);
+            let mut q = [zero; 4];
+            for (u, q) in q.iter_mut().enumerate() {
+                *q = row.take::<S, T, STORE>(isa, &at, (max, class), four, u, j);
             }
-            // Not all to one, whose sum would be rounded as often.
-            if c < end {
-                row.add::<S, T, STORE, 0>(isa, &at, (max, class), tile, c, j);
+            row.rest.add(q);
+            for _ in 0..4 {
                 next.ask(isa, &mut done);
             }
-            if c + 1 < end {
-                row.add::<S, T, STORE, 1>(isa, &at, (max, class), tile, c + 1, j);
-                next.ask(isa, &mut done);
-            }
-            if c + 2 < end {
-                row.add::<S, T, STORE, 2>(isa, &at, (max, class), tile, c + 2, j);
-                next.ask(isa, &mut done);
-            }
-            c = end;
-            let [r0, r1, r2, r3] = core::mem::replace(&mut row.rest, [zero; 4]);
-            let (a, b) = (two_sum(r0, r1), two_sum(r2, r3));
-            let part = two_sum(a.0, b.0);
-            let all = two_sum(sum, part.0);
-            sum = all.0;
-            if S::REGISTERS >= 32 {
-                lost = lost + ((a.1 + b.1) + part.1);
-            }
-            if classes > together {
-                lost = lost + all.1;
-            }
+            c += 4;
         }
+        let mut q = zero;
+        while c < classes {
+            q = q + row.take::<S, T, STORE>(isa, &at, (max, class), tile, c, j);
+            next.ask(isa, &mut done);
+            c += 1;
+        }
+        row.rest.add([q, zero, zero, zero]);
+        // The first one is the larger one.
+        let SplitSum { sum, little } = row.rest;
+        let rest = sum + little;
+        let lost = little - (rest - sum);
         rows.max.nth(i, step).store(isa, 0, origin);
         rows.ties.nth(i, step).store(isa, 0, Vf::<S, T>::select(near, all - row.below, zero));
         rows.logit.nth(i, step).store(isa, 0, row.logit);
-        rows.rest.nth(i, step).store(isa, 0, sum);
+        rows.rest.nth(i, step).store(isa, 0, rest);
         rows.lost.nth(i, step).store(isa, 0, lost);
     }
 }
+
+/// Distances that are summed one by one, to two accumulators.
+const TOGETHER: usize = 8;
 
 /// How far the classes are below their maximum, and which one that is.
 #[inline(always)]
@@ -332,11 +312,11 @@ fn distances<S: Isa, T: Summand>(isa: S, x: Columns<T>, rows: Rows<T>) {
             first = Vf::<S, T>::select(max.lt(v), number, first);
             (max, number) = (v.max(max), number + one);
         }
-        // Few at a time, as in `sum`.
+        // Few at a time: long chains of additions would lose digits.
         let (mut sum, mut c) = (zero, 0);
         while c < classes {
             let (mut a, mut b) = (zero, zero);
-            let end = classes.min(c + TOGETHER / 2);
+            let end = classes.min(c + TOGETHER);
             while c + 2 <= end {
                 let two = x.part(c, 2);
                 (a, b) = (a + (max - two.load_whole(isa, 0, j)), b + (max - two.load_whole(isa, 1, j)));
@@ -399,9 +379,8 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, smooth: Option<S
         left |= good.and(value.eq(value)).count() < step;
         if gradient {
             let inverse = over.times(odds.p_max);
-            let (p, q) = exp.anchor(exp.reference(max)).parts(logit);
             let at_top = logit.eq(max);
-            let other = (p * q) * inverse;
+            let other = exp.split(exp.reference(max)).exp2(logit) * inverse;
             let patch = if smooth.is_some() {
                 let t_rest = (all - ties) * share + Vf::<S, T>::select(at_top, zero, keep);
                 let t_top = ties * share + Vf::<S, T>::select(at_top, keep, zero);
@@ -451,11 +430,11 @@ fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Row
             // The probability of a maximum, with a division of its own: all others have its error.
             let p_max = one / (one + others);
             let inverse = over.times(p_max);
-            let (p, q) = exp.anchor(exp.reference(max)).parts(max);
+            let top = exp.split(exp.reference(max)).exp2(max);
             for c in 0..x.read().classes() {
                 let e = x.read().load_whole(isa, c, j);
                 // As good as the maximum: without the errors of two exponentials.
-                x.store_whole(isa, c, j, Vf::<S, T>::select(e.eq(p * q), p_max, e * inverse));
+                x.store_whole(isa, c, j, Vf::<S, T>::select(e.eq(top), p_max, e * inverse));
             }
         }
     }
@@ -477,8 +456,8 @@ fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, x: ColumnsMut<T
         // In these orders one of them is NaN if a logit is.
         let (max, other) = (x0.max(x1), x1.min(x0));
         let origin = Vf::<S, T>::select(max.abs().le(limit), max, zero);
-        let (p, q) = exp.anchor(exp.reference(origin)).parts(other);
-        let others = Vf::<S, T>::select(other.eq(max), one, exp.over(origin).times(p * q));
+        let e = exp.split(exp.reference(origin)).exp2(other);
+        let others = Vf::<S, T>::select(other.eq(max), one, exp.over(origin).times(e));
         let odds = Odds::of(isa, others, T::DTYPE == DType::F64);
         let second = class.eq(one);
         let logit = Vf::<S, T>::select(second, x1, x0);

@@ -7,7 +7,8 @@
 use crate::array::{Float, Span, SpanMut};
 use crate::simd::{Isa, Mask, Vector};
 
-use super::math::{Exp, Real, log1p_inverse};
+use super::math::{Exp, log1p_inverse};
+use super::real::Real;
 use super::state::splat;
 
 /// Most rows in a tile, but for long runs of columns with one target each.
@@ -136,15 +137,6 @@ pub struct Terms {
     pub loss: bool,
 }
 
-/// R, the sum without one maximum, relative to it; `over_max` is 1/e(max).
-#[inline(always)]
-pub(super) fn others<V: Vector>(isa: V::Isa, ties: V, rest: V, over_max: V) -> V
-where
-    V::Elem: Real,
-{
-    (ties - V::splat(isa, V::Elem::ONE)) + rest * over_max
-}
-
 /// What losses and gradients are made of, one row per lane.
 #[derive(Clone, Copy)]
 pub(super) struct Odds<V> {
@@ -207,9 +199,9 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         let b = Span::of(&tile.b).load(isa, r);
         let origin = S::F64::select(max.abs().lt(infinity), max, b);
         // 1/e(max) as an exponential of its own: it saves two divisions.
-        let over_max = exp.exp2(b - origin, -Span::of(&tile.k).load(isa, r));
-        SpanMut::of(&mut tile.a).store(isa, r, over_max);
-        SpanMut::of(&mut tile.lse).store(isa, r, others(isa, ties, Span::of(&tile.rest).load(isa, r), over_max));
+        let over_max = exp.over_at(origin - b, Span::of(&tile.k).load(isa, r));
+        SpanMut::of(&mut tile.a).store(isa, r, over_max.times(one));
+        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + over_max.times(Span::of(&tile.rest).load(isa, r)));
     }
     let mut r = first;
     while r < end {

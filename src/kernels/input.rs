@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use crate::array::{DType, Element, Flags, Half, Span, SpanMut, Vf};
 use crate::simd::{Isa, Vector};
 
-use super::math::Real;
+use super::real::Real;
 use super::rows::{BLOCK, block_max};
 
 /// Writes a block into the given elements.

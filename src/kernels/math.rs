@@ -17,202 +17,19 @@
 //! | function | bound | worst f32 | worst f64 |
 //! |---|---|---|---|
 //! | [`Exp::exp2`], \|x\| up to `LIMIT` | 1.1 | 1.073 | 0.95 |
-//! | [`Anchored::exp2`], what the kernels take | 1.75, f64 1.2 | 1.742 | 1.150 |
+//! | [`Anchored::exp2`], what most kernels take | 1.75, f64 1.2 | 1.742 | 1.150 |
+//! | [`Split::exp2`], of few classes | 1.1, f64 1.2 | 1.073 | 1.150 |
 //! | [`exp_full`] | 1.1 | 1.014 | 0.92 |
 //! | [`log1p`] | 0.55 | | 0.53 |
 //! | [`tanh`] | 1.5 | 1.415 | 1.415 |
 //! | [`tanh_sech2`], second result | 3.5 | 3.345 | 2.62 |
 //!
-//! `python tools/minimax.py` derives every constant, and with `--check` compares them with this file.
-
-// The literals are what `tools/minimax.py` prints and compares, also where one of them rounds to a known constant.
-#![allow(clippy::approx_constant)]
+//! Their constants are in [`super::real`].
 
 use crate::array::{DType, Element, Float};
 use crate::simd::{Isa, Level, Mask, Vector};
 
-/// The part of 1/ln 2 = log2 e that a float64 holds, and the rest. `tools/minimax.py`.
-const LOG2_E: [f64; 2] = [1.442_695_040_888_963_4, 2.035_527_374_093_103_3e-17];
-
-/// What the functions here need to know of a float type.
-pub trait Real: Float {
-    /// 1.5·2^(digits − 1): a sum with it is rounded to an integer, of either sign.
-    const MAGIC: Self;
-    /// 2^(digits − 1): from here on numbers are whole, and neighbours differ by one.
-    const WHOLE: Self;
-    /// As long as |x·scale| is at most this, x·log2 e is on the grid of [`Real::MAGIC`] and the reduction keeps its accuracy.
-    const LIMIT: Self;
-    /// The maximum's exponential is about 2^(BIAS − 1): so much below it is lost to underflow later, and sums have 2^100 to spare.
-    const BIAS: Self;
-    /// Nats. What is this much or more below the maximum has an exponential of exactly 0, also relative to the biased reference.
-    const CLAMP: Self;
-    /// Arguments of `exp` at and beyond these give 0 and infinity.
-    const EXP_RANGE: [Self; 2];
-    /// `2^r = 1 + r·(c0 + c1·r + …)` for r in [−1/2, 1/2] and a little.
-    const EXP2: &'static [Self];
-    /// `2^(r + LEAD_8) = c0 + c1·r + … + r^n` for r in [−1/16, 1/16] and a little, eight steps per octave: of the form that has one multiplication less.
-    const EXP2_8: &'static [Self];
-    /// Whole steps, so many that the last coefficient is one: what is looked up makes up for them.
-    const LEAD_8: Self;
-    /// The same for r in [−1/32, 1/32] and a little: sixteen steps per octave.
-    const EXP2_16: &'static [Self];
-    /// 2^(j/16).
-    const OCTAVE: [Self; 16];
-    /// The bias of its exponents.
-    const EXPONENT_BIAS: Self;
-    /// `e^r − 1 = r + r²·(c0 + c1·r + …)` for |r| <= ln(2)/2 and a little.
-    const EXPM1: &'static [Self];
-    /// ln 2 in two parts.
-    const LN2: [Self; 2];
-    /// `tanh(x)/x = 1 + z·(c0 + c1·z + …)`, z = x², for |x| up to [`TANH_NEAR`].
-    const TANH: &'static [Self];
-    /// Between these c^−24 (f32: c^−10) and its multiples are normal numbers, and so are the squares of what is near.
-    const CAPS: [f64; 2];
-    /// `(2·atanh(s) − 2s)/s = z·(c0 + c1·z + …)`, z = s², for (1+s)/(1−s) in [sqrt(1/2), sqrt(2)].
-    const LOG: &'static [Self];
-}
-
-impl Real for f32 {
-    const MAGIC: f32 = 12_582_912.0;
-    const WHOLE: f32 = 8_388_608.0;
-    const LIMIT: f32 = 131_072.0;
-    const BIAS: f32 = 48.0;
-    // 150·log2 e = 216.4: with the bias, 2^-193. The smallest subnormal is 2^-149.
-    const CLAMP: f32 = 150.0;
-    // Below exp(-104) < 2^-150, above exp(88.73) > 2^128; both with n inside what `exp_full` can scale by.
-    const EXP_RANGE: [f32; 2] = [-104.0, 88.73];
-    // Error 2^-28.2.
-    const EXP2: &'static [f32] = &[0.693_147_2, 0.240_226_48, 0.055_503_584, 0.009_618_503, 0.001_339_166_5, 0.000_153_288_23];
-    // Error 2^-27.4.
-    const EXP2_8: &'static [f32] = &[98.701_49, 68.414_66, 23.710_735, 5.479_89];
-    const LEAD_8: f32 = 6.625;
-    // Error 2^-28.6.
-    const EXP2_16: &'static [f32] = &[0.693_147_2, 0.240_236_34, 0.055_502_795];
-    const OCTAVE: [f32; 16] = [
-        1.0,
-        1.044_273_7,
-        1.090_507_7,
-        1.138_788_6,
-        1.189_207_1,
-        1.241_857_8,
-        1.296_839_6,
-        1.354_255_6,
-        1.414_213_5,
-        1.476_826_2,
-        1.542_210_8,
-        1.610_490_3,
-        1.681_792_9,
-        1.756_252_2,
-        1.834_008_1,
-        1.915_206_6,
-    ];
-    const EXPONENT_BIAS: f32 = 127.0;
-    // Error 2^-31.1.
-    const EXPM1: &'static [f32] = &[0.5, 0.166_666_66, 0.041_666_493, 0.008_333_544, 0.001_393_234, 0.000_197_634_3];
-    const LN2: [f32; 2] = [0.693_147_2, -1.904_654_2e-9];
-    // Error 2^-27.6.
-    const TANH: &'static [f32] = &[-0.333_332_93, 0.133_316_55, -0.053_753_957, 0.020_678_341, -0.005_743_253];
-    const CAPS: [f64; 2] = [1e-3, 1e3];
-    // Error 2^-30.2.
-    const LOG: &'static [f32] = &[0.666_667_76, 0.399_775_74, 0.298_712_34];
-}
-
-impl Real for f64 {
-    const MAGIC: f64 = 6_755_399_441_055_744.0;
-    const WHOLE: f64 = 4_503_599_627_370_496.0;
-    const LIMIT: f64 = 1_073_741_824.0;
-    const BIAS: f64 = 80.0;
-    // 1100·log2 e = 1586.96: with the bias, 2^-1563. The smallest subnormal is 2^-1074.
-    const CLAMP: f64 = 1100.0;
-    // Below exp(-745.2) < 2^-1075, above exp(709.79) > 2^1024.
-    const EXP_RANGE: [f64; 2] = [-745.2, 709.79];
-    // Error 2^-57.8.
-    const EXP2: &'static [f64] = &[
-        0.693_147_180_559_945_3,
-        0.240_226_506_959_101_08,
-        0.055_504_108_664_821_72,
-        0.009_618_129_107_601_606,
-        0.001_333_355_814_654_634_8,
-        0.000_154_035_304_490_337_88,
-        1.525_273_363_396_419_2e-5,
-        1.321_543_883_742_411_3e-6,
-        1.017_816_004_253_889_3e-7,
-        7.073_232_741_710_745e-9,
-        4.438_863_668_251_310_5e-10,
-    ];
-    // No level looks up eight steps of this type.
-    const EXP2_8: &'static [f64] = &[];
-    const LEAD_8: f64 = 0.0;
-    // Error 2^-57.0.
-    const EXP2_16: &'static [f64] = &[
-        0.693_147_180_559_946_8,
-        0.240_226_506_959_099_06,
-        0.055_504_108_652_166,
-        0.009_618_129_112_225_943,
-        0.001_333_381_829_430_772_1,
-        0.000_154_033_460_490_076_5,
-    ];
-    const OCTAVE: [f64; 16] = [
-        1.0,
-        1.044_273_782_427_413_8,
-        1.090_507_732_665_257_7,
-        1.138_788_634_756_691_6,
-        1.189_207_115_002_721,
-        1.241_857_812_073_484,
-        1.296_839_554_651_009_6,
-        1.354_255_546_936_892_7,
-        1.414_213_562_373_095_1,
-        1.476_826_145_939_499_3,
-        1.542_210_825_407_940_7,
-        1.610_490_331_949_254_3,
-        1.681_792_830_507_429,
-        1.756_252_160_373_299_5,
-        1.834_008_086_409_342_4,
-        1.915_206_561_397_147_4,
-    ];
-    const EXPONENT_BIAS: f64 = 1023.0;
-    // Error 2^-61.5.
-    const EXPM1: &'static [f64] = &[
-        0.5,
-        0.166_666_666_666_666_77,
-        0.041_666_666_666_666_7,
-        0.008_333_333_333_321_808,
-        0.001_388_888_888_887_745,
-        0.000_198_412_698_851_689_65,
-        2.480_158_731_734_164_7e-5,
-        2.755_724_544_585_924_7e-6,
-        2.755_729_614_222_284e-7,
-        2.510_855_564_494_173_2e-8,
-        2.090_382_972_583_046e-9,
-    ];
-    const LN2: [f64; 2] = [0.693_147_180_559_945_3, 2.319_046_813_846_299_6e-17];
-    // Error 2^-58.8.
-    const TANH: &'static [f64] = &[
-        -0.333_333_333_333_333_26,
-        0.133_333_333_333_312_15,
-        -0.053_968_253_966_685_27,
-        0.021_869_488_482_671_205,
-        -0.008_863_234_498_641_716,
-        0.003_592_115_589_581_911_4,
-        -0.001_455_735_003_715_830_7,
-        0.000_589_486_816_410_394_3,
-        -0.000_237_103_145_303_355_43,
-        9.171_343_343_858_29e-5,
-        -3.034_180_559_139_204_6e-5,
-        6.111_288_722_059_58e-6,
-    ];
-    const CAPS: [f64; 2] = [1e-12, 1e12];
-    // Error 2^-59.0.
-    const LOG: &'static [f64] = &[
-        0.666_666_666_666_671,
-        0.399_999_999_995_413_9,
-        0.285_714_287_208_589_9,
-        0.222_222_002_387_713_75,
-        0.181_835_008_991_620_42,
-        0.153_151_757_247_069_7,
-        0.147_889_688_258_906_4,
-    ];
-}
+use super::real::{LOG2_E, Real};
 
 /// Whether a function is better called than made part of its callers: the portable level calls the C library for every fused multiply-add, so that
 /// one more call costs nothing, and hundreds of copies would be a tenth of the library. (The vectors of the other levels must be inlined.)
@@ -233,7 +50,7 @@ pub(super) fn polynomial<V: Vector>(isa: V::Isa, c: &'static [V::Elem], x: V) ->
     sum
 }
 
-/// The coefficients of [`Real::EXP2_8`], where the level looks up so many steps.
+/// The coefficients of [`Real::LED_8`], where the level looks up so many steps.
 #[inline(always)]
 fn coefficients<V: Vector>(isa: V::Isa, opaque: bool) -> [V; 4]
 where
@@ -241,7 +58,7 @@ where
 {
     let mut all = [V::splat(isa, V::Elem::ZERO); 4];
     if V::STEPS == 3 {
-        for (v, &c) in all.iter_mut().zip(V::Elem::EXP2_8) {
+        for (v, &c) in all.iter_mut().zip(V::Elem::LED_8) {
             *v = V::splat(isa, if opaque { core::hint::black_box(c) } else { c });
         }
     }
@@ -254,7 +71,12 @@ fn pow2_slope<V: Vector>(isa: V::Isa, r: V, steps: u32) -> V
 where
     V::Elem: Real,
 {
-    polynomial(isa, if steps == 4 { V::Elem::EXP2_16 } else { V::Elem::EXP2 }, r)
+    let c = match steps {
+        3 => V::Elem::EXP2_8,
+        4 => V::Elem::EXP2_16,
+        _ => V::Elem::EXP2,
+    };
+    polynomial(isa, c, r)
 }
 
 /// Exponentials relative to an integral power of two.
@@ -267,7 +89,7 @@ pub struct Exp<V: Vector> {
     /// Of `hi`.
     inverse: V,
     octave: V::Octave,
-    /// [`Real::EXP2_8`].
+    /// [`Real::LED_8`].
     monic: [V; 4],
 }
 
@@ -284,7 +106,6 @@ where
         // The same number in two parts of the type. For f64 the first is `hi` and nothing changes.
         let first = V::Elem::from_f64(hi);
         let second = V::Elem::from_f64((hi - first.to_f64()) + lo);
-        let octave = V::octave(isa, &V::Elem::OCTAVE);
         let inverse = V::Elem::from_f64(1.0 / hi);
         Self {
             isa,
@@ -292,7 +113,7 @@ where
             hi: V::splat(isa, first),
             lo: V::splat(isa, second),
             inverse: V::splat(isa, inverse),
-            octave,
+            octave: V::octave(isa, &V::Elem::OCTAVE),
             monic: coefficients(isa, false),
         }
     }
@@ -337,10 +158,21 @@ where
     /// 1/e(m) of a maximum m, where exponentials are relative to its [`Exp::reference`]. m is finite.
     #[inline(always)]
     pub fn over(self, m: V) -> Over<V> {
-        let n = self.round(m);
-        let r = m.neg_mul_add(self.lo, m.neg_mul_add(self.hi, n));
         let unit = V::Elem::from_f64(f64::from_bits((1024 - V::Elem::BIAS.to_f64() as u64) << 52));
-        Over { less_one: r * pow2_slope(self.isa, r, 0), unit: V::splat(self.isa, unit) }
+        Over { less_one: self.over_slope(m, self.round(m)), unit: V::splat(self.isa, unit) }
+    }
+
+    /// The same where they are relative to k.
+    #[inline(always)]
+    pub fn over_at(self, m: V, k: V) -> Over<V> {
+        let n = self.round(m);
+        Over { less_one: self.over_slope(m, n), unit: V::splat(self.isa, V::Elem::ONE).scale2(k - n) }
+    }
+
+    #[inline(always)]
+    fn over_slope(self, m: V, n: V) -> V {
+        let r = m.neg_mul_add(self.lo, m.neg_mul_add(self.hi, n));
+        r * pow2_slope(self.isa, r, 0)
     }
 
     /// x·scale·log2 e to the nearest integer (of the product with the first part alone: off by |x·scale|·2^-digits at most).
@@ -364,17 +196,34 @@ where
     /// What an anchor has of its k.
     #[inline(always)]
     pub fn anchor_parts(self, k: V) -> (V, V) {
-        let lead = if V::STEPS == 3 { V::Elem::LEAD_8 } else { V::Elem::ZERO };
-        let bias = V::splat(self.isa, V::Elem::from_f64(V::Elem::EXPONENT_BIAS.to_f64() - lead.to_f64()));
-        // 1.5·2^(digits − 1 − STEPS): sums with it are rounded to whole steps.
-        let magic = V::splat(self.isa, V::Elem::from_f64(V::Elem::MAGIC.to_f64() / f64::from(1_u32 << V::STEPS)));
-        (magic + (bias - k), (k - bias) * self.inverse)
+        self.steps(k, if V::STEPS == 3 { V::Elem::LEAD_8 } else { V::Elem::ZERO })
     }
 
     /// An anchor from [`Exp::anchor_parts`].
     #[inline(always)]
     pub fn anchored(self, magic: V, floor: V) -> Anchored<V> {
-        Anchored { isa: self.isa, hi: self.hi, lo: self.lo, magic, floor, octave: self.octave, monic: self.monic }
+        Anchored { isa: self.isa, by: self.by(magic, floor), monic: self.monic }
+    }
+
+    /// The closer exponentials of many x that are not far above one maximum, see [`Split`].
+    #[inline(always)]
+    pub fn split(self, k: V) -> Split<V> {
+        let (magic, floor) = self.steps(k, V::Elem::ZERO);
+        Split { isa: self.isa, by: self.by(magic, floor) }
+    }
+
+    #[inline(always)]
+    fn by(self, magic: V, floor: V) -> Steps<V> {
+        Steps { hi: self.hi, lo: self.lo, magic, floor, octave: self.octave }
+    }
+
+    /// What rounds to steps, and the floor.
+    #[inline(always)]
+    fn steps(self, k: V, lead: V::Elem) -> (V, V) {
+        let bias = V::splat(self.isa, V::Elem::from_f64(V::Elem::EXPONENT_BIAS.to_f64() - lead.to_f64()));
+        // 1.5·2^(digits − 1 − STEPS): sums with it are rounded to whole steps.
+        let magic = V::splat(self.isa, V::Elem::from_f64(V::Elem::MAGIC.to_f64() / f64::from(1_u32 << V::STEPS)));
+        (magic + (bias - k), (k - bias) * self.inverse)
     }
 }
 
@@ -399,11 +248,10 @@ impl<V: Vector> Over<V> {
     }
 }
 
-/// `2^(x·scale·log2 e − k)` for one integral k, in few operations: the sum that rounds x·log2 e to whole steps has −k and the exponent's
-/// bias in it, so that its low bits are the exponent and the index of the table at once.
+/// Reduces x·scale·log2 e to whole steps of an octave. The sum that rounds has −k and the exponent's bias in it, so that its low bits are the
+/// exponent and the index of the table at once.
 #[derive(Clone, Copy, Debug)]
-pub struct Anchored<V: Vector> {
-    isa: V::Isa,
+struct Steps<V: Vector> {
     hi: V,
     lo: V,
     /// Rounds to steps, adds the bias, takes k off.
@@ -411,6 +259,33 @@ pub struct Anchored<V: Vector> {
     /// What has an exponential of exactly 0, and so has everything below.
     floor: V,
     octave: V::Octave,
+}
+
+impl<V: Vector> Steps<V>
+where
+    V::Elem: Real,
+{
+    /// The power and what remains for the polynomial, of x that is not below the floor.
+    #[inline(always)]
+    fn of(self, x: V) -> (V, V) {
+        let t = x.mul_add(self.hi, self.magic);
+        let n = t - self.magic;
+        let r = x.mul_add(self.lo, x.mul_sub(self.hi, n));
+        (t.power(self.octave), r)
+    }
+
+    #[inline(always)]
+    fn raised(self, x: V) -> V {
+        // In this order NaN passes.
+        self.floor.max(x)
+    }
+}
+
+/// `2^(x·scale·log2 e − k)` for one integral k, in few operations.
+#[derive(Clone, Copy, Debug)]
+pub struct Anchored<V: Vector> {
+    isa: V::Isa,
+    by: Steps<V>,
     monic: [V; 4],
 }
 
@@ -441,27 +316,23 @@ where
     /// x, or the floor where that is above it.
     #[inline(always)]
     pub fn raised(self, x: V) -> V {
-        // In this order NaN passes.
-        self.floor.max(x)
+        self.by.raised(x)
     }
 
     /// As [`Anchored::parts`], of x that was [`raised`](Anchored::raised).
     #[inline(always)]
     pub fn parts_above(self, x: V) -> (V, V) {
-        let t = x.mul_add(self.hi, self.magic);
-        let n = t - self.magic;
-        let r = x.mul_add(self.lo, x.mul_sub(self.hi, n));
-        let power = t.power(self.octave);
+        let (power, r) = self.by.of(x);
+        let one = V::splat(self.isa, V::Elem::ONE);
         if V::Elem::DTYPE == DType::F64 {
             // One rounding less, for the type whose results have the fewest digits to spare.
-            let one = V::splat(self.isa, V::Elem::ONE);
             return (one, power.mul_add(r * pow2_slope(self.isa, r, V::STEPS), power));
         }
         if V::STEPS == 3 {
             let [c0, c1, c2, c3] = self.monic;
             return ((r + c3).mul_add(r, c2).mul_add(r, c1).mul_add(r, c0), power);
         }
-        (r.mul_add(pow2_slope(self.isa, r, V::STEPS), V::splat(self.isa, V::Elem::ONE)), power)
+        (r.mul_add(pow2_slope(self.isa, r, V::STEPS), one), power)
     }
 
     /// The exponential.
@@ -469,6 +340,95 @@ where
     pub fn exp2(self, x: V) -> V {
         let (p, s) = self.parts(x);
         p * s
+    }
+}
+
+/// The same with one rounding instead of two, for one operation more in a sum: q + q·s, where q is a power that was looked up and s is
+/// small, so that sums may take the two apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Split<V: Vector> {
+    isa: V::Isa,
+    by: Steps<V>,
+}
+
+impl<V: Vector> Split<V>
+where
+    V::Elem: Real,
+{
+    /// q and s. What is said of [`Anchored::parts`] holds; of NaN it is s that is NaN, or q where nothing is looked up: s is 0 there.
+    #[inline(always)]
+    pub fn parts(self, x: V) -> (V, V) {
+        if apart::<V>() { self.parts_apart(x) } else { self.parts_here(x) }
+    }
+
+    #[inline(never)]
+    fn parts_apart(self, x: V) -> (V, V) {
+        self.parts_here(x)
+    }
+
+    #[inline(always)]
+    fn parts_here(self, x: V) -> (V, V) {
+        let (power, r) = self.by.of(self.by.raised(x));
+        let slope = pow2_slope(self.isa, r, V::STEPS);
+        if V::STEPS == 0 {
+            // The power is exact.
+            return (r.mul_add(slope, V::splat(self.isa, V::Elem::ONE)) * power, V::splat(self.isa, V::Elem::ZERO));
+        }
+        (power, r * slope)
+    }
+
+    /// The exponential.
+    #[inline(always)]
+    pub fn exp2(self, x: V) -> V {
+        let (q, s) = self.parts(x);
+        Self::whole(q, s)
+    }
+
+    /// The exponential, of its parts.
+    #[inline(always)]
+    pub fn whole(q: V, s: V) -> V {
+        if V::STEPS == 0 { q } else { q.mul_add(s, q) }
+    }
+}
+
+/// A sum of such exponentials.
+#[derive(Clone, Copy, Debug)]
+pub struct SplitSum<V> {
+    /// Of q.
+    pub sum: V,
+    /// Of q·s, which is at most a twentieth of that, and of what its roundings lost.
+    pub little: V,
+}
+
+impl<V: Vector> SplitSum<V>
+where
+    V::Elem: Real,
+{
+    /// Nothing.
+    #[inline(always)]
+    pub fn zero(isa: V::Isa) -> Self {
+        let zero = V::splat(isa, V::Elem::ZERO);
+        Self { sum: zero, little: zero }
+    }
+
+    /// Takes an exponential up, where `mask` says so. Returns its q, a few of which are then to be added together.
+    #[inline(always)]
+    pub fn take(&mut self, isa: V::Isa, mask: V::Mask, (q, s): (V, V)) -> V {
+        let q = V::select(mask, q, V::splat(isa, V::Elem::ZERO));
+        if V::STEPS != 0 {
+            self.little = q.mul_add(s, self.little);
+        }
+        q
+    }
+
+    /// Adds the q of four, and Knuth's rounding error of the sum: long chains of additions would lose digits.
+    #[inline(always)]
+    pub fn add(&mut self, [a, b, c, d]: [V; 4]) {
+        let q = (a + b) + (c + d);
+        let sum = self.sum + q;
+        let t = sum - self.sum;
+        self.little = self.little + ((self.sum - (sum - t)) + (q - t));
+        self.sum = sum;
     }
 }
 

@@ -11,6 +11,7 @@ pub mod few;
 pub mod finish;
 pub mod input;
 pub mod math;
+pub mod real;
 pub mod rows;
 pub mod scan;
 pub mod short;

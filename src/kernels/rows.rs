@@ -9,7 +9,8 @@ use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
 use super::bend;
 use super::input::{Ahead, Course, Input, Known, LATER, Making, Next, Onward, Whole};
-use super::math::{Anchored, Cap, Exp, Real};
+use super::math::{Anchored, Cap, Exp};
+use super::real::Real;
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: large enough to hide the work between blocks, small enough for two to stay in L1.
@@ -393,10 +394,10 @@ pub(super) fn chain<S: Isa, T: Real>() -> usize {
     if Vf::<S, T>::LANES < 4 { 8 } else { 8 * accumulators * Vf::<S, T>::LANES }
 }
 
-/// Classes that are summed in the type of the logits: four chains, added up.
+/// Classes that are summed in the type of the logits: four chains, added up; one where all of them go to one lane.
 #[inline(always)]
 fn stretch<S: Isa, T: Real>() -> usize {
-    BLOCK.min(4 * chain::<S, T>())
+    BLOCK.min(if Vf::<S, T>::LANES < 4 { chain::<S, T>() } else { 4 * chain::<S, T>() })
 }
 
 /// Stretches of a block whose maxima are told apart.

@@ -5,7 +5,8 @@ use crate::array::{Float, Span, Vf, lanes};
 use crate::simd::{Isa, Level, Mask, Scalar, Vector};
 
 use super::input::ask;
-use super::math::{Anchored, Exp, Real, log1p};
+use super::math::{Anchored, Exp, log1p};
+use super::real::Real;
 use super::rows::block_max;
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 

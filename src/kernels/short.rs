@@ -5,7 +5,8 @@ use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 
 use super::finish::{Tile, WIDTH};
 use super::input::{Ahead, Backwards, Raw};
-use super::math::{Anchored, Exp, Real};
+use super::math::{Anchored, Exp};
+use super::real::Real;
 use super::rows::{add_distances, block_max, chain};
 use super::state::{Summand, Wide, splat};
 

@@ -6,7 +6,8 @@
 use crate::array::{Float, Span, SpanMut, Vf, lanes};
 use crate::simd::{Isa, Scalar, Vector};
 
-use super::math::{Exp, Real, apart};
+use super::math::{Exp, apart};
+use super::real::Real;
 
 /// What exponentials are relative to: `exp(x − b) · 2^−k`.
 #[derive(Clone, Copy, Debug, PartialEq)]
