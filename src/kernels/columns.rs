@@ -350,8 +350,9 @@ fn add_class<S: Isa, T: Summand, const LIN: bool>(
     (count, arg): (&mut Vf<S, T>, &mut Vf<S, T>),
 ) -> Vf<S, T> {
     let v = x.read().load_whole(isa, c, j);
-    // b is 0 except where the maximum is off the grid: then x − b is exact or dwarfed by x's own spacing.
-    let (q, s) = of.at.parts(v - of.b);
+    // b is 0 except where the maximum is off the grid: then x − b is exact or dwarfed by x's own spacing. (Infinity, which is the maximum and not summed, would
+    // leave a NaN all the same; a NaN passes.)
+    let (q, s) = of.at.parts(of.origin.min(v) - of.b);
     if store {
         x.store_whole(isa, c, j, Split::whole(q, s));
     }

@@ -411,7 +411,7 @@ where
         Self { sum: zero, little: zero }
     }
 
-    /// Takes an exponential up, where `mask` says so. Returns its q, a few of which are then to be added together.
+    /// Takes an exponential up, where `mask` says so; s is a number there and elsewhere, or the sum is to be NaN. Returns its q, a few of which are then to be added together.
     #[inline(always)]
     pub fn take(&mut self, isa: V::Isa, mask: V::Mask, (q, s): (V, V)) -> V {
         let q = V::select(mask, q, V::splat(isa, V::Elem::ZERO));

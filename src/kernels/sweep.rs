@@ -228,29 +228,35 @@ pub fn sweep<S: Isa, T: Summand>(isa: S, job: Sweep<T>) {
         }
         let window = x.window::<S, STEP>((then.class, then.group.0, then.group.1), &mut copy, T::NEG_INF);
         let (anchor, b) = (exp.anchor(state.k), state.b);
-        // Named, as the compiler keeps what it does not unroll in memory.
+        // Named, as the compiler keeps what it does not unroll in memory. Four additions to each: more of them take one loss in a million out of its 4 ULP.
         let (mut e, mut f, mut g, mut h) = (zero, zero, zero, zero);
+        let mut half = zero;
         for (i, (four, below)) in this.iter().zip(other.iter_mut()).enumerate() {
             ahead.ask(isa);
             max = sort::<S, T>(isa, window, 4 * i, max, below);
             let [p, q, r, s] = [four[0] - b, four[1] - b, four[2] - b, four[3] - b];
             let [p, q, r, s] = [anchor.parts(p), anchor.parts(q), anchor.parts(r), anchor.parts(s)];
-            // Eight additions to each: equal numbers round the same way every time, and sixteen took a loss out of its 4 ULP.
             e = p.0.mul_add(p.1, e);
             f = q.0.mul_add(q.1, f);
             if S::REGISTERS < 32 {
                 e = r.0.mul_add(r.1, e);
                 f = s.0.mul_add(s.1, f);
-                if 8 * i + 8 == STEP {
+                if i % 2 == 1 {
                     T::add(isa, &mut state.rest, e + f);
                     (e, f) = (zero, zero);
                 }
             } else {
                 g = r.0.mul_add(r.1, g);
                 h = s.0.mul_add(s.1, h);
+                if 8 * i + 8 == STEP {
+                    half = (e + f) + (g + h);
+                    (e, f, g, h) = (zero, zero, zero, zero);
+                }
             }
         }
-        T::add(isa, &mut state.rest, (e + f) + (g + h));
+        if S::REGISTERS >= 32 {
+            T::add(isa, &mut state.rest, half + ((e + f) + (g + h)));
+        }
         state.store(isa, &mut running, at.index);
         let Some(after) = after else { break };
         at = after;
