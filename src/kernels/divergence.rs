@@ -16,7 +16,7 @@ use crate::array::{Element, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Scalar, Vector};
 
 use super::input::ask;
-use super::math::polynomial;
+use super::math::{apart, polynomial};
 use super::real::Real;
 use super::scan::BLOCK;
 use super::scan::{Constants, Lanes, Raised, Softmax, ln_1p, stretch};
@@ -428,8 +428,37 @@ fn pass<S: Isa, T: Real>(
     }
 }
 
+/// Adds a vector of classes.
 #[inline(always)]
 fn add<S: Isa, T: Real>(
+    constants: &Constants<S, T>,
+    at: [&Lanes<Vf<S, T>>; 2],
+    shift: &Shift<Vf<S, T>>,
+    x: [Vf<S, T>; 2],
+    next: [Vf<S, T>; 2],
+    sums: &mut Sums<Vf<S, T>>,
+) {
+    if apart::<Vf<S, T>>() {
+        add_apart(constants, at, shift, x, next, sums);
+    } else {
+        add_here(constants, at, shift, x, next, sums);
+    }
+}
+
+#[inline(never)]
+fn add_apart<S: Isa, T: Real>(
+    constants: &Constants<S, T>,
+    at: [&Lanes<Vf<S, T>>; 2],
+    shift: &Shift<Vf<S, T>>,
+    x: [Vf<S, T>; 2],
+    next: [Vf<S, T>; 2],
+    sums: &mut Sums<Vf<S, T>>,
+) {
+    add_here(constants, at, shift, x, next, sums);
+}
+
+#[inline(always)]
+fn add_here<S: Isa, T: Real>(
     constants: &Constants<S, T>,
     at: [&Lanes<Vf<S, T>>; 2],
     shift: &Shift<Vf<S, T>>,

@@ -27,6 +27,8 @@ pub struct Few<'a, T> {
     pub target: &'a [T],
     /// What is taken from the target and what every class has of that, if the target is smoothed.
     pub smooth: Option<Smooth>,
+    /// What the gradient of each row is multiplied by, in whole vectors; see [`gradient_fits`].
+    pub g: &'a [T],
     /// Gets the losses, or zeros.
     pub loss: &'a mut [f64],
     /// Room for [`LANES`] numbers per row.
@@ -40,8 +42,8 @@ pub struct Few<'a, T> {
 pub enum Want {
     /// Nothing.
     Loss,
-    /// The gradient times a number; see [`gradient_fits`].
-    Gradient(f64),
+    /// The gradient.
+    Gradient,
     /// Log-probabilities; there are no targets.
     Logs,
     /// Probabilities; there are no targets.
@@ -94,13 +96,16 @@ pub const LANES: usize = 9;
 
 /// Whether nothing of a gradient leaves the normal numbers that its results do not leave.
 pub fn gradient_fits<T: Real>(g: f64) -> bool {
-    g == 0.0 || (-T::BIAS.to_f64()..=T::BIAS.to_f64()).contains(&g.abs().log2())
+    let bias = T::BIAS.to_f64() as u64;
+    let [least, most] = [1023 - bias, 1023 + bias].map(|exponent| f64::from_bits(exponent << 52));
+    g == 0.0 || (least..=most).contains(&g.abs())
 }
 
 /// What is known of the rows, in whole vectors.
 #[derive(Clone, Copy)]
 struct Rows<'a, T> {
     class: Span<'a, T>,
+    g: Span<'a, T>,
     /// The maximum, 0 where it is off the grid; then the rows have no `ties`.
     max: SpanMut<'a, T>,
     ties: SpanMut<'a, T>,
@@ -123,29 +128,33 @@ impl<T: Summand> Kernel for Few<'_, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> bool {
         assert!(S::LEVEL != Level::Scalar, "the portable level takes the general way");
-        let Self { scale, want, x, rows, target, smooth, loss, lanes, next } = self;
-        let g = if let Want::Gradient(g) = want { Some(g) } else { None };
+        let Self { scale, want, x, rows, target, smooth, g, loss, lanes, next } = self;
+        let gradient = matches!(want, Want::Gradient);
         let whole = rows.next_multiple_of(Vf::<S, T>::LANES);
         let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
         let [max, ties, logit, rest, lost, slope, patch, far, first] = [0, 1, 2, 3, 4, 5, 6, 7, 8].map(|i| lanes.part(i * whole, whole));
-        let rows = Rows { class: Span::of(target).part(0, whole), max, ties, logit, rest, lost, slope, patch, far, first, loss };
+        let g = if gradient { Span::of(g).part(0, whole) } else { Span::of(g) };
+        let rows = Rows { class: Span::of(target).part(0, whole), g, max, ties, logit, rest, lost, slope, patch, far, first, loss };
         if matches!(want, Want::Logs | Want::Probabilities) {
             return transform::<S, T>(isa, want, x, rows, next);
         }
         if smooth.is_some() {
             distances::<S, T>(isa, x.read(), rows);
         } else if x.read().classes() == 2 {
-            return pairs::<S, T>(isa, scale, g, x, rows);
+            return pairs::<S, T>(isa, scale, gradient, x, rows);
         }
         // Several loops: each is short enough for the processor to have several vectors of rows in flight.
-        match g {
-            Some(_) => sum::<S, T, true>(isa, scale, x, rows, next),
-            None => sum::<S, T, false>(isa, scale, x, rows, next),
+        if gradient {
+            sum::<S, T, true>(isa, scale, x, rows, next);
+        } else {
+            sum::<S, T, false>(isa, scale, x, rows, next);
         }
-        let left = lose::<S, T>(isa, scale, g, smooth, x.read().classes(), rows);
-        let Some(g) = g else { return left };
+        let left = lose::<S, T>(isa, scale, gradient, smooth, x.read().classes(), rows);
+        if !gradient {
+            return left;
+        }
         if let Some(Smooth { share, .. }) = smooth {
-            smoothed::<S, T>(isa, g * scale * share, x, rows);
+            smoothed::<S, T>(isa, scale * share, x, rows);
             return left;
         }
         let (step, one) = (Vf::<S, T>::LANES, splat::<S, T>(isa, 1.0));
@@ -333,14 +342,15 @@ fn distances<S: Isa, T: Summand>(isa: S, x: Columns<T>, rows: Rows<T>) {
     }
 }
 
-/// From exponentials to the gradient of smoothed targets, of which every class has a share, times `least`.
+/// From exponentials to the gradient of smoothed targets, of which every class has a share.
 #[inline(always)]
-fn smoothed<S: Isa, T: Summand>(isa: S, least: f64, x: ColumnsMut<T>, rows: Rows<T>) {
-    let (step, one, least) = (Vf::<S, T>::LANES, splat::<S, T>(isa, 1.0), splat::<S, T>(isa, least));
+fn smoothed<S: Isa, T: Summand>(isa: S, share: f64, x: ColumnsMut<T>, rows: Rows<T>) {
+    let (step, one, share) = (Vf::<S, T>::LANES, splat::<S, T>(isa, 1.0), splat::<S, T>(isa, share));
     for i in 0..rows.class.len() / step {
         let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
         let (a, patch) = (rows.slope.read().nth(i, step).load(isa, 0), rows.patch.read().nth(i, step).load(isa, 0));
         let (first, top) = (rows.first.read().nth(i, step).load(isa, 0), rows.far.read().nth(i, step).load(isa, 0));
+        let least = rows.g.nth(i, step).load(isa, 0) * share;
         let mut number = splat::<S, T>(isa, 0.0);
         for c in 0..x.read().classes() {
             let v = x.read().load_whole(isa, c, j).mul_sub(a, least);
@@ -351,12 +361,11 @@ fn smoothed<S: Isa, T: Summand>(isa: S, least: f64, x: ColumnsMut<T>, rows: Rows
     }
 }
 
-/// Losses, and with g the coefficients of the gradient. Whether rows were left.
+/// Losses, and the coefficients of the gradient if there is one. Whether rows were left.
 #[inline(always)]
-fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, smooth: Option<Smooth>, classes: usize, rows: Rows<T>) -> bool {
+fn lose<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, smooth: Option<Smooth>, classes: usize, rows: Rows<T>) -> bool {
     let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale));
     let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));
-    let (gradient, g) = (g.is_some(), splat::<S, T>(isa, g.unwrap_or(0.0) * scale));
     let scale = splat::<S, T>(isa, scale);
     let Smooth { keep, share } = smooth.unwrap_or(Smooth { keep: 1.0, share: 0.0 });
     let (keep, share, all) = (splat::<S, T>(isa, keep), splat::<S, T>(isa, share), splat::<S, T>(isa, classes as f64));
@@ -378,6 +387,7 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, smooth: Option<S
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);
         left |= good.and(value.eq(value)).count() < step;
         if gradient {
+            let g = rows.g.nth(i, step).load(isa, 0) * scale;
             let inverse = over.times(odds.p_max);
             let at_top = logit.eq(max);
             let other = exp.split(exp.reference(max)).exp2(logit) * inverse;
@@ -441,13 +451,12 @@ fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Row
     left
 }
 
-/// All of it for two classes. With g the gradient takes the place of the logits. Whether rows were left.
+/// All of it for two classes. A gradient takes the place of the logits. Whether rows were left.
 #[inline(always)]
-fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, x: ColumnsMut<T>, rows: Rows<T>) -> bool {
+fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, x: ColumnsMut<T>, rows: Rows<T>) -> bool {
     let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale));
     let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));
     let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / scale);
-    let (gradient, g) = (g.is_some(), splat::<S, T>(isa, g.unwrap_or(0.0) * scale));
     let scale = splat::<S, T>(isa, scale);
     let mut left = false;
     for i in 0..rows.class.len() / step {
@@ -466,6 +475,7 @@ fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, g: Option<f64>, x: ColumnsMut<T
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);
         left |= good.count() < step;
         if gradient {
+            let g = rows.g.nth(i, step).load(isa, 0) * scale;
             // The probability of the other class, which pulls one up and the other down; 1 − p where p has digits to spare.
             let least = others * odds.p_max;
             let pull = g * Vf::<S, T>::select(logit.eq(max), least, one - least);

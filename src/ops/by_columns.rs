@@ -15,7 +15,7 @@ use super::plan::Path;
 use super::scratch::{Buffer, Buffers, Scratch, Work, room};
 use super::source::{dense_row, flags, row_spread, shared_stream, softcap, unbend_patches};
 use super::straight::{self, Land, Take};
-use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets};
+use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets, weighed};
 use super::tiles::LANES;
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
@@ -306,7 +306,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
             operands.dense(strip, dense, (0, classes));
         }
     }
-    // The same losses as in the plain case, where they are multiplied by 1.
+    // The same losses as in the plain case.
     let mut losses = [f64::NAN; WIDTH];
     if few && few::plain::<T>(job) {
         let tiled = ColumnsMut::of(x, stride, classes, stride);
@@ -370,9 +370,8 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
     job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
     for (slot, &loss) in losses.iter().enumerate().take(n).filter(|(_, loss)| !loss.is_nan()) {
         let class = job.labels.as_ref().map_or(0, |labels| labels.class[kept[slot]].max(0) as usize);
-        if job.weights.sample_weight(kept[slot]) == 1.0 && job.weight.get(class).is_none_or(|&w| w == 1.0) {
-            tile.loss[slot] = loss;
-        }
+        let weight = job.weights.sample_weight(kept[slot]) * job.weight.get(class).copied().unwrap_or(1.0);
+        tile.loss[slot] = weighed(loss, weight);
     }
     let left_out = left_out(strip);
     if left_out || classes == 0 && job.kind == Kind::Loss {

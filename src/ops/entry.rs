@@ -52,9 +52,10 @@ pub fn cross_entropy(
     if !job.weight.is_empty() && job.weight.len() != job.classes.size {
         return Err(Error::Invalid("weight must have one element per class"));
     }
-    let labels = Labels::new(awake.as_ref().map_or(1, |_| exec.threads), target, job.rows.size, job.classes.size, options)?;
+    let (sample, count) = (read_optional(options.sample_weight.as_ref())?, job.rows.size);
+    let labels = Labels::new(awake.as_ref().map_or(1, |_| exec.threads), target, count, job.classes.size, options.ignore_index, &sample)?;
     let sparse = matches!(target, Target::Sparse { .. });
-    job.weights = RowWeights::new(labels.as_ref(), sparse, job.rows.size, &job.weight, options)?;
+    job.weights = RowWeights::new(exec.level, labels.as_ref(), sparse, count, &job.weight, sample, options.normalizer)?;
     let divisor = if options.reduction == Reduction::Mean { job.weights.divisor } else { 1.0 };
     let e = options.label_smoothing;
     job.keep = 1.0 - e;

@@ -3,7 +3,7 @@
 use crate::array::{Array, ColumnsMut, DType, Out};
 use crate::kernels::columns::{self, BLOCK};
 use crate::kernels::few::{self, Few, Next, Smooth, Want};
-use crate::kernels::finish::WIDTH;
+use crate::kernels::finish::{Tile, WIDTH};
 use crate::simd::{Isa, Kernel, Level};
 
 use super::api::Exec;
@@ -12,7 +12,7 @@ use super::job::{Job, Kind, OUT, RESULT, X};
 use super::plan::Path;
 use super::scratch::{Buffer, Buffers, SCRATCH, Scratch, Work, room};
 use super::source::gather;
-use super::strip::{Strip, Total};
+use super::strip::{Strip, Total, weighed};
 use super::targets::NONE;
 use super::tiles::{LANES, Move};
 
@@ -45,13 +45,26 @@ pub(super) fn all_plain<T: Work>(job: &Job) -> bool {
             && T::DTYPE == DType::F32
             && (1..=BLOCK).contains(&job.classes.size);
     }
-    plain::<T>(job)
-        && job.weight.is_empty()
-        && !job.weights.sampled()
-        && !job.bend.is_some()
-        && job.upstream.is_none()
-        && few::gradient_fits::<T>(job.g * job.terms.scale)
-        && (!job.terms.dense || few::gradient_fits::<T>(job.g * job.terms.scale * job.spread))
+    plain::<T>(job) && !job.bend.is_some()
+}
+
+/// What multiplies the losses of a strip, to its weights if that is not 1, and what multiplies its gradients, to `g`: NaN where [`Few`] would lose
+/// digits of those. Whether there are such rows.
+fn factors<T: Work>(strip: &Strip, tile: &mut Tile, g: &mut [T]) -> bool {
+    let Strip { job, kept, .. } = *strip;
+    let of_row = |g: f64| {
+        let fits =
+            few::gradient_fits::<T>(g * job.terms.scale) && (!job.terms.dense || few::gradient_fits::<T>(g * job.terms.scale * job.spread));
+        T::from_f64(if fits { g } else { f64::NAN })
+    };
+    let g = &mut g[..kept.len()];
+    if !job.weighted() && job.upstream.is_none() {
+        g.fill(of_row(job.g));
+    } else {
+        strip.weigh(tile);
+        g.iter_mut().zip(&tile.g).for_each(|(to, &g)| *to = of_row(g));
+    }
+    job.out.is_some() && g.iter().any(|g| g.to_f64().is_nan())
 }
 
 /// The classes of a strip as numbers; of rows without one, any.
@@ -132,9 +145,8 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
     };
     exec.level.run(filled);
     let divisor = n as f64;
-    let g = out.map(|_| 1.0 / divisor);
     let lanes = room(&mut single.block, few::LANES * stride);
-    let want = g.map_or(Want::Loss, Want::Gradient);
+    let want = if out.is_some() { Want::Gradient } else { Want::Loss };
     let left = exec.level.run(Few {
         scale: 1.0,
         want,
@@ -142,6 +154,7 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
         rows: n,
         target: &target,
         smooth: None,
+        g: &[(1.0 / divisor) as f32; SMALL],
         loss: &mut tile.loss,
         lanes,
         next: Next::NONE,
@@ -167,7 +180,8 @@ pub(super) fn losses<T: Work>(strip: &Strip, x: ColumnsMut<T>, flat: &mut Buffer
     let (target, lanes) = room(flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
     strip.job.level.run(Numbers::of(strip, target));
     let (scale, rows) = (strip.job.terms.scale, strip.kept.len());
-    strip.job.level.run(Few { scale, want: Want::Loss, x, rows, target, smooth: smooth(strip.job), loss, lanes, next: Next::NONE });
+    let smooth = smooth(strip.job);
+    strip.job.level.run(Few { scale, want: Want::Loss, x, rows, target, smooth, g: &[], loss, lanes, next: Next::NONE });
 }
 
 /// One strip in the plain case.
@@ -177,6 +191,12 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
     let mut offsets = core::mem::take(&mut scratch.offsets);
     let (tile, Buffers { x, block: flat, .. }, _) = T::buffers(scratch);
     tile.reserve(n, 1);
+    let mut g = [T::ZERO; WIDTH];
+    let far = job.kind == Kind::Loss && factors(strip, tile, &mut g);
+    if far && g[..n].iter().all(|g| g.to_f64().is_nan()) {
+        scratch.offsets = offsets;
+        return by_columns::strip::<T>(strip, stride, scratch, total);
+    }
     let mut x = core::mem::take(x);
     let logits = room(&mut x, classes * stride);
     strip.fill::<T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
@@ -185,7 +205,8 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
         job.level.run(Numbers::of(strip, target));
     }
     let want = match job.kind {
-        Kind::Loss => job.out.map_or(Want::Loss, |_| Want::Gradient(job.g)),
+        Kind::Loss if job.out.is_some() => Want::Gradient,
+        Kind::Loss => Want::Loss,
         Kind::Softmax => Want::Probabilities,
         Kind::LogSoftmax | Kind::LogSumExp => Want::Logs,
     };
@@ -203,10 +224,19 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
         rows: n,
         target,
         smooth: smooth(job),
+        g: &g,
         loss: &mut tile.loss,
         lanes,
         next,
     });
+    if job.kind == Kind::Loss && job.weighted() {
+        for (loss, weight) in tile.loss.iter_mut().zip(&tile.weight[..n]) {
+            *loss = weighed(*loss, *weight);
+        }
+    }
+    if far {
+        tile.loss.iter_mut().zip(&g[..n]).filter(|(_, g)| g.to_f64().is_nan()).for_each(|(loss, _)| *loss = f64::NAN);
+    }
     // Only adjacent rows are in a strip without being kept.
     if !job.weights.all && job.tile_read == Path::Columns {
         for slot in (0..n).filter(|&slot| !job.kept(kept[slot])) {
@@ -214,7 +244,7 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
             (0..classes).for_each(|c| logits[c * stride + slot] = T::ZERO);
         }
     }
-    if left {
+    if left || far {
         // The others know nothing of them: one by one, while their logits still stand where they were.
         let mut loss = tile.loss.clone();
         let nan: Vec<bool> = loss.iter().map(|loss| loss.is_nan()).collect();

@@ -112,6 +112,11 @@ impl<'a> Job<'a> {
         self.weights.kept(self.labels.as_ref(), row)
     }
 
+    /// Whether there are weights of rows or classes.
+    pub(super) fn weighted(&self) -> bool {
+        self.weights.sampled() || !self.weight.is_empty()
+    }
+
     /// Whether every row has a dense stream of its own.
     pub(super) fn own_dense(&self) -> bool {
         let differs = self.probs.is_some() || self.bend.mask.is_some() || self.labels.as_ref().is_some_and(|labels| labels.partial);

@@ -63,6 +63,35 @@ impl<'j, 'a> Strip<'j, 'a> {
         }
     }
 
+    /// The sample weights of the rows to `weight`, and those and what comes from above to `g`.
+    fn weigh_samples(&self, tile: &mut Tile) {
+        let Self { job, kept, .. } = *self;
+        let (weights, g) = (&mut tile.weight[..kept.len()], &mut tile.g[..kept.len()]);
+        weights.fill(1.0);
+        if job.weights.sampled() {
+            weights.iter_mut().zip(kept).for_each(|(weight, &row)| *weight = job.weights.sample_weight(row));
+        }
+        g.iter_mut().zip(&*weights).for_each(|(g, weight)| *g = job.g * weight);
+        if let Some(upstream) = job.upstream {
+            let values = &mut tile.lse;
+            self.runs(UPSTREAM, |offset, stride, slot, n| upstream.read(offset, stride, n, &mut values[slot..], 1));
+            g.iter_mut().zip(&*values).for_each(|(g, value)| *g *= value);
+        }
+    }
+
+    /// The same with the weights of the classes, where every row has one of all of its own.
+    pub(super) fn weigh(&self, tile: &mut Tile) {
+        let Self { job, kept, .. } = *self;
+        self.weigh_samples(tile);
+        if let (Some(labels), false) = (&job.labels, job.weight.is_empty()) {
+            for ((weight, g), &row) in tile.weight.iter_mut().zip(&mut tile.g).zip(kept) {
+                // What has no class is not counted.
+                let w = job.weight.get(labels.class[row] as usize).copied().unwrap_or(0.0);
+                (*weight, *g) = (*weight * w, *g * w);
+            }
+        }
+    }
+
     /// Calls `run(operand offset, stride, slot, n)` for runs of rows of a row operand.
     pub(super) fn runs(&self, operand: usize, mut run: impl FnMut(isize, isize, usize, usize)) {
         let rows = &self.job.rows;
@@ -163,6 +192,12 @@ pub(super) fn collect(job: &Job, mut row: usize, last: usize, kept: &mut [usize]
     (n, row)
 }
 
+/// A loss of float32 times its weight: an infinite one without weight is 0.
+#[inline(always)]
+pub(super) fn weighed(loss: f64, weight: f64) -> f64 {
+    f64::from((if weight == 0.0 && !loss.is_nan() { 0.0 } else { loss * weight }) as f32)
+}
+
 /// Zero results and gradients of the rows that were left out.
 pub(super) fn ignored(job: &Job, start: usize, end: usize, kept: &[usize]) {
     let mut at = 0;
@@ -225,19 +260,7 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile) -> Option<Plain> {
     if single && job.weight.is_empty() && job.bend.mask.is_none() && !job.weights.sampled() && job.upstream.is_none() {
         return Some(Plain { g: job.g, mass: job.keep, mass_all: job.keep + job.spread });
     }
-    tile.weight[..n].fill(1.0);
-    tile.g[..n].fill(job.g);
-    if job.weights.sampled() {
-        for (slot, &row) in kept.iter().enumerate() {
-            tile.weight[slot] = job.weights.sample_weight(row);
-            tile.g[slot] *= tile.weight[slot];
-        }
-    }
-    if let Some(upstream) = job.upstream {
-        let values = &mut tile.lse;
-        strip.runs(UPSTREAM, |offset, stride, slot, n| upstream.read(offset, stride, n, &mut values[slot..], 1));
-        tile.g.iter_mut().zip(&values[..n]).for_each(|(g, value)| *g *= value);
-    }
+    strip.weigh_samples(tile);
     let Some(labels) = &job.labels else { return None };
     tile.order.clear();
     for (slot, &row) in kept.iter().enumerate() {

@@ -4,12 +4,14 @@ use std::cell::Cell;
 use std::sync::Mutex;
 
 use crate::array::{Array, Dims};
+use crate::kernels::finish::WIDTH;
 use crate::kernels::state::Pair;
 use crate::simd::{Isa, Kernel, Level};
 use crate::threads;
 
-use super::api::{Error, LossOptions, Target};
+use super::api::{Error, Target};
 use super::plan::Axes;
+use super::strip::Total;
 
 /// Marks an entry without a class: a number that no argument is likely to have.
 pub const NONE: i64 = i64::MIN;
@@ -171,9 +173,15 @@ impl Kernel for Read<'_, '_> {
 }
 
 impl Labels {
-    /// Reads and checks the targets of `rows` rows; `None` for class probabilities.
-    pub fn new(threads: usize, target: &Target, rows: usize, classes_len: usize, options: &LossOptions) -> Result<Option<Self>, Error> {
-        let ignore = options.ignore_index;
+    /// Reads and checks the targets of `rows` rows with their sample weights, if any; `None` for class probabilities.
+    pub fn new(
+        threads: usize,
+        target: &Target,
+        rows: usize,
+        classes_len: usize,
+        ignore: Option<i64>,
+        sample: &[f64],
+    ) -> Result<Option<Self>, Error> {
         let sizes = match target {
             Target::Probs(_) => [rows, rows],
             Target::Index(array) => [array.size(), rows],
@@ -183,7 +191,6 @@ impl Labels {
         if sizes != [rows, rows] {
             return Err(Error::Invalid("the target does not have the shape of the rows"));
         }
-        let sample = read_optional(options.sample_weight.as_ref())?;
         if !sample.is_empty() && sample.len() != rows {
             return Err(Error::Invalid("sample_weight must have one element per row"));
         }
@@ -191,13 +198,13 @@ impl Labels {
             Target::Probs(_) => return Ok(None),
             Target::Index(array) => {
                 let mut class = entries(rows)?;
-                let whole = classes(threads, "target", array, classes_len, ignore, (&sample, 1), &mut class, 1, 0)?;
+                let whole = classes(threads, "target", array, classes_len, ignore, (sample, 1), &mut class, 1, 0)?;
                 Self { entries: 1, class, share: Vec::new(), partial: false, whole }
             }
             Target::Mixup { a, b, lam } => {
                 let mut class = entries(rows.checked_mul(2).ok_or(Error::OutOfMemory)?)?;
-                classes(threads, "y_a", a, classes_len, ignore, (&sample, 1), &mut class, 2, 0)?;
-                classes(threads, "y_b", b, classes_len, ignore, (&sample, 1), &mut class, 2, 1)?;
+                classes(threads, "y_a", a, classes_len, ignore, (sample, 1), &mut class, 2, 0)?;
+                classes(threads, "y_b", b, classes_len, ignore, (sample, 1), &mut class, 2, 1)?;
                 let lam = read_all(lam)?;
                 if let Some(position) = lam.iter().position(|lam| !(0.0..=1.0).contains(lam)) {
                     return Err(Error::BadValue { argument: "lam", position, value: lam[position] });
@@ -212,7 +219,7 @@ impl Labels {
             Target::Sparse { indices, probs } => {
                 let entries = indices.shape().last().copied().unwrap_or(0);
                 let mut class = self::entries(entries.checked_mul(rows).ok_or(Error::OutOfMemory)?)?;
-                classes(threads, "indices", indices, classes_len, None, (&sample, entries), &mut class, 1, 0)?;
+                classes(threads, "indices", indices, classes_len, None, (sample, entries), &mut class, 1, 0)?;
                 Self { entries, class, share: read_all(probs)?, partial: false, whole: false }
             }
         }))
@@ -248,9 +255,16 @@ pub struct RowWeights {
 }
 
 impl RowWeights {
-    /// Reads the sample weights and sums the divisor, in row order.
-    pub fn new(labels: Option<&Labels>, sparse: bool, rows: usize, weight: &[f64], options: &LossOptions) -> Result<Self, Error> {
-        let sample = read_optional(options.sample_weight.as_ref())?;
+    /// Checks the sample weights and sums the divisor.
+    pub fn new(
+        level: Level,
+        labels: Option<&Labels>,
+        sparse: bool,
+        rows: usize,
+        weight: &[f64],
+        sample: Vec<f64>,
+        normalizer: Option<f64>,
+    ) -> Result<Self, Error> {
         if let Some(position) = sample.iter().position(|&s| s.is_nan() || s < 0.0) {
             return Err(Error::BadValue { argument: "sample_weight", position, value: sample[position] });
         }
@@ -266,6 +280,23 @@ impl RowWeights {
         {
             let kept = if labels.whole { rows } else { labels.class.iter().filter(|&&class| class != NONE).count() };
             this.divisor = kept as f64;
+            this.any = kept > 0;
+            this.all = kept == rows;
+        } else if let Some(labels) = labels
+            && labels.entries == 1
+            && labels.share.is_empty()
+        {
+            let (mut total, mut some, mut kept) = (Total::default(), [0.0; WIDTH], 0);
+            for (first, class) in (0..).step_by(WIDTH).zip(labels.class.chunks(WIDTH)) {
+                for (i, (w, &class)) in some.iter_mut().zip(class).enumerate() {
+                    let sample = this.sample_weight(first + i);
+                    let counts = class != NONE && sample != 0.0;
+                    kept += usize::from(counts);
+                    *w = if counts { weight.get(class as usize).copied().unwrap_or(1.0) * sample } else { 0.0 };
+                }
+                total.add(level, &mut some, class.len());
+            }
+            this.divisor = total.value().value();
             this.any = kept > 0;
             this.all = kept == rows;
         } else {
@@ -284,7 +315,7 @@ impl RowWeights {
             this.any = kept > 0;
             this.all = kept == rows;
         }
-        if let Some(normalizer) = options.normalizer {
+        if let Some(normalizer) = normalizer {
             this.divisor = normalizer;
         }
         Ok(this)

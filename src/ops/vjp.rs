@@ -145,8 +145,10 @@ pub fn nll_loss(
     if !weight.is_empty() && weight.len() != classes.size {
         return Err(Error::Invalid("weight must have one element per class"));
     }
-    let labels = Labels::new(1, &Target::Index(target.clone()), axes.size, classes.size, options)?.unwrap_or_default();
-    let weights = RowWeights::new(Some(&labels), false, axes.size, &weight, options)?;
+    let sample = read_optional(options.sample_weight.as_ref())?;
+    let labels =
+        Labels::new(1, &Target::Index(target.clone()), axes.size, classes.size, options.ignore_index, &sample)?.unwrap_or_default();
+    let weights = RowWeights::new(exec.level, Some(&labels), false, axes.size, &weight, sample, options.normalizer)?;
     let divisor = if options.reduction == Reduction::Mean { weights.divisor } else { 1.0 };
     let g = grad.map_or(0.0, |g| if let GradOutput::Scalar(g) = g.grad_output { g } else { 1.0 } / divisor);
     let single = log_probs.dtype().row_dtype() == DType::F32;
