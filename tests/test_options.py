@@ -283,6 +283,50 @@ def test_softcap_of_long_rows(level, dtype, cap, classes):
 # --- what is not read ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("classes", [2, 3, 10, 32])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weights_of_few_classes(level, classes, axis, smoothing):
+    """Whatever the weights of the other rows, also those that leave the normal numbers; and with a gradient or without."""
+    rng = np.random.default_rng(classes)
+    rows = 300
+    x = rng.normal(0, 3, (rows, classes)).astype(F32)
+    y = rng.integers(0, classes, rows)
+    x[7], x[11, y[11]] = NAN, -INF
+    sample = rng.choice([1.0, 0.3, 7.0, 1e-25, 1e25, 0.0], rows)
+    sample[[7, 11]] = 1.0
+    upstream = rng.choice([1.0, -0.5, 0.0, 1e-20], rows)
+    weight = rng.choice([1.0, 0.25, 0.0, 3.0], classes) if not smoothing else None
+    options = {"reduction": "none", "label_smoothing": smoothing, "axis": axis}
+    turned = x if axis == -1 else np.ascontiguousarray(x.T)
+    loss, grad = ce.cross_entropy_with_grad(turned, y, sample_weight=sample, weight=weight, grad_output=upstream, **options)
+    np.testing.assert_array_equal(loss, ce.cross_entropy(turned, y, sample_weight=sample, weight=weight, **options))
+    plain = ce.cross_entropy(turned, y, **options).astype(F64)
+    w = sample * (1.0 if weight is None else weight[y])
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = np.where((w == 0) & ~np.isnan(plain) | (sample == 0), 0.0, plain * w).astype(F32)
+    if level == "scalar":
+        np.testing.assert_allclose(loss, expected, rtol=2 * eps(F32))
+    else:
+        # That of float32 without weight, times the weight.
+        np.testing.assert_array_equal(loss, expected)
+    grad = grad if axis == -1 else grad.T
+    for row in (0, 1, 2, 7, 11, 60, *np.flatnonzero(sample > 1e20)[:3], *np.flatnonzero(sample == 1e-25)[:3]):
+        alone = {"sample_weight": sample[[row]], "weight": weight, "grad_output": upstream[[row]]}
+        one, way = ce.cross_entropy_with_grad(x[[row]], y[[row]], **alone, **options | {"axis": -1})
+        np.testing.assert_array_equal(one, loss[[row]])
+        np.testing.assert_array_equal(way[0], grad[row])
+    exact, slope = reference.cross_entropy_with_grad(
+        x.astype(F64), y, sample_weight=sample, weight=weight, grad_output=upstream, reduction="none", label_smoothing=smoothing
+    )
+    finite = np.isfinite(slope).all(-1)
+    size = np.abs(slope) + np.abs(w * upstream)[:, None]
+    fine = np.abs(grad - slope)[finite] <= 8 * eps(F32) * size[finite] + 1e-38
+    assert fine.all()
+    np.testing.assert_array_equal(np.isnan(grad).any(-1), np.isnan(slope).any(-1))
+    np.testing.assert_allclose(loss[np.isfinite(exact)], exact[np.isfinite(exact)], rtol=1e-5, atol=1e-38)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rows_of_weight_0_are_not_read(level, dtype, axis):
     """Neither their logits nor their targets, which may be no classes at all."""

@@ -567,8 +567,7 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
         }
         let mut from = 0;
         let peaks_here = core::mem::replace(&mut peaks, [None; MOST_STRETCHES]);
-        // (What is made here is of float32, and not for the portable level.)
-        let made = T::DTYPE == DType::F32 && !CAP && S::LEVEL != Level::Scalar;
+        let single = T::DTYPE == DType::F32;
         let mut rare = far || tops || lin || S::LEVEL == Level::Scalar;
         // The loops want a next block that is as long as this one (or this one itself, where the answer is not used), and make it in the usual case only,
         // or apply its mask where exponentials are kept as well.
@@ -621,29 +620,31 @@ fn reduce<S: Isa, T: Summand, const CAP: bool>(isa: S, job: Reduce<T>, cap: Cap<
                 (Ahead::Here(next), true) if !CAP => {
                     pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::F16(next), false) if made => {
+                (Ahead::F16(next), false) if single && !CAP => {
                     pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::F16(next), true) if made => pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to),
-                (Ahead::Bf16(next), false) if made => {
-                    pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
-                }
-                (Ahead::Bf16(next), true) if made => {
+                (Ahead::F16(next), true) if single && !CAP => {
                     pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::Backwards(next), false) if made => {
+                (Ahead::Bf16(next), false) if single && !CAP => {
                     pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::Backwards(next), true) if made => {
+                (Ahead::Bf16(next), true) if single && !CAP => {
                     pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::Masked(next), false) if made => {
+                (Ahead::Backwards(next), false) if single && !CAP => {
                     pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::Masked(next), true) if made && rare => {
+                (Ahead::Backwards(next), true) if single && !CAP => {
+                    pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Masked(next), false) if single && !CAP => {
+                    pass::<S, T, _, false, false, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
+                }
+                (Ahead::Masked(next), true) if single && !CAP && rare => {
                     pass::<S, T, _, false, true, false, true>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
-                (Ahead::Masked(next), true) if made => {
+                (Ahead::Masked(next), true) if single && !CAP => {
                     pass::<S, T, _, false, true, false, false>(isa, &at, x, next.part(from, n), t, cap, to)
                 }
                 _ => unreachable!("only blocks of float32 are made here, and those to be capped are near 0 or rare"),

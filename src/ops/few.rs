@@ -57,14 +57,18 @@ fn factors<T: Work>(strip: &Strip, tile: &mut Tile, g: &mut [T]) -> bool {
             few::gradient_fits::<T>(g * job.terms.scale) && (!job.terms.dense || few::gradient_fits::<T>(g * job.terms.scale * job.spread));
         T::from_f64(if fits { g } else { f64::NAN })
     };
-    let g = &mut g[..kept.len()];
     if !job.weighted() && job.upstream.is_none() {
-        g.fill(of_row(job.g));
-    } else {
-        strip.weigh(tile);
-        g.iter_mut().zip(&tile.g).for_each(|(to, &g)| *to = of_row(g));
+        let all = of_row(job.g);
+        g.fill(all);
+        return job.out.is_some() && all.to_f64().is_nan();
     }
-    job.out.is_some() && g.iter().any(|g| g.to_f64().is_nan())
+    strip.weigh(tile);
+    let mut far = false;
+    for (to, &g) in g[..kept.len()].iter_mut().zip(&tile.g) {
+        *to = of_row(g);
+        far |= to.to_f64().is_nan();
+    }
+    job.out.is_some() && far
 }
 
 /// The classes of a strip as numbers; of rows without one, any.
