@@ -59,16 +59,23 @@ fn factors<T: Work>(strip: &Strip, tile: &mut Tile, g: &mut [T]) -> bool {
     };
     if !job.weighted() && job.upstream.is_none() {
         let all = of_row(job.g);
-        g.fill(all);
+        if job.out.is_some() {
+            g.fill(all);
+        }
         return job.out.is_some() && all.to_f64().is_nan();
     }
     strip.weigh(tile);
+    if job.out.is_none() {
+        return false;
+    }
     let mut far = false;
-    for (to, &g) in g[..kept.len()].iter_mut().zip(&tile.g) {
+    for (to, &g) in g.iter_mut().zip(&tile.g[..kept.len()]) {
         *to = of_row(g);
         far |= to.to_f64().is_nan();
     }
-    job.out.is_some() && far
+    // Those of no row.
+    g[kept.len()..].fill(T::ZERO);
+    far
 }
 
 /// The classes of a strip as numbers; of rows without one, any.
@@ -193,18 +200,19 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
-    let (tile, Buffers { x, block: flat, .. }, _) = T::buffers(scratch);
+    let (tile, Buffers { x: kept_x, block: flat, .. }, _) = T::buffers(scratch);
     tile.reserve(n, 1);
-    let mut g = [T::ZERO; WIDTH];
-    let far = job.kind == Kind::Loss && factors(strip, tile, &mut g);
+    let mut x = core::mem::take(kept_x);
+    let logits = room(&mut x, classes * stride);
+    strip.fill::<T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
+    let (target, lanes) = room(flat, (2 + few::LANES) * WIDTH).split_at_mut(WIDTH);
+    let (g, lanes) = lanes.split_at_mut(WIDTH);
+    let far = job.kind == Kind::Loss && factors(strip, tile, g);
     if far && g[..n].iter().all(|g| g.to_f64().is_nan()) {
+        *kept_x = x;
         scratch.offsets = offsets;
         return by_columns::strip::<T>(strip, stride, scratch, total);
     }
-    let mut x = core::mem::take(x);
-    let logits = room(&mut x, classes * stride);
-    strip.fill::<T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
-    let (target, lanes) = room(flat, (1 + few::LANES) * WIDTH).split_at_mut(WIDTH);
     if job.labels.is_some() {
         job.level.run(Numbers::of(strip, target));
     }
@@ -228,7 +236,7 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
         rows: n,
         target,
         smooth: smooth(job),
-        g: &g,
+        g,
         loss: &mut tile.loss,
         lanes,
         next,
