@@ -27,7 +27,7 @@ pub struct Few<'a, T> {
     pub target: &'a [T],
     /// What is taken from the target and what every class has of that, if the target is smoothed.
     pub smooth: Option<Smooth>,
-    /// What the gradient of each row is multiplied by, in whole vectors; see [`gradient_fits`].
+    /// What the gradient of each row is multiplied by, `scale` included, in whole vectors; see [`gradient_fits`].
     pub g: &'a [T],
     /// Gets the losses, or zeros.
     pub loss: &'a mut [f64],
@@ -154,7 +154,7 @@ impl<T: Summand> Kernel for Few<'_, T> {
             return left;
         }
         if let Some(Smooth { share, .. }) = smooth {
-            smoothed::<S, T>(isa, scale * share, x, rows);
+            smoothed::<S, T>(isa, share, x, rows);
             return left;
         }
         let (step, one) = (Vf::<S, T>::LANES, splat::<S, T>(isa, 1.0));
@@ -387,7 +387,7 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, smooth: Option<S
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);
         left |= good.and(value.eq(value)).count() < step;
         if gradient {
-            let g = rows.g.nth(i, step).load(isa, 0) * scale;
+            let g = rows.g.nth(i, step).load(isa, 0);
             let inverse = over.times(odds.p_max);
             let at_top = logit.eq(max);
             let other = exp.split(exp.reference(max)).exp2(logit) * inverse;
@@ -475,7 +475,7 @@ fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, x: ColumnsMut<T
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);
         left |= good.count() < step;
         if gradient {
-            let g = rows.g.nth(i, step).load(isa, 0) * scale;
+            let g = rows.g.nth(i, step).load(isa, 0);
             // The probability of the other class, which pulls one up and the other down; 1 − p where p has digits to spare.
             let least = others * odds.p_max;
             let pull = g * Vf::<S, T>::select(logit.eq(max), least, one - least);

@@ -53,8 +53,8 @@ pub(super) fn all_plain<T: Work>(job: &Job) -> bool {
 fn factors<T: Work>(strip: &Strip, tile: &mut Tile, g: &mut [T]) -> bool {
     let Strip { job, kept, .. } = *strip;
     let of_row = |g: f64| {
-        let fits =
-            few::gradient_fits::<T>(g * job.terms.scale) && (!job.terms.dense || few::gradient_fits::<T>(g * job.terms.scale * job.spread));
+        let g = g * job.terms.scale;
+        let fits = few::gradient_fits::<T>(g) && (!job.terms.dense || few::gradient_fits::<T>(g * job.spread));
         T::from_f64(if fits { g } else { f64::NAN })
     };
     if !job.weighted() && job.upstream.is_none() {
