@@ -280,6 +280,11 @@ def test_softcap_of_long_rows(level, dtype, cap, classes):
         np.testing.assert_array_equal(alone[1].astype(F64), grad[i : i + 1].astype(F64))
 
 
+def same(a, b):
+    """Equal, or both NaN."""
+    np.testing.assert_array_equal(a.astype(F64), b.astype(F64))
+
+
 # --- what is not read ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +330,47 @@ def test_weights_of_few_classes(level, classes, axis, smoothing):
     assert fine.all()
     np.testing.assert_array_equal(np.isnan(grad).any(-1), np.isnan(slope).any(-1))
     np.testing.assert_allclose(loss[np.isfinite(exact)], exact[np.isfinite(exact)], rtol=1e-5, atol=1e-38)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("classes", [2, 10, 32])
+@pytest.mark.parametrize("cap", [None, 20.0, 1e20])
+def test_bent_logits_of_few_classes(level, dtype, classes, axis, cap):
+    """Whatever the mask of the other rows, wherever it stands, and however they were capped; with a gradient or without, and in place."""
+    rng = np.random.default_rng(classes)
+    rows = 300
+    x = rng.normal(0, 8, (rows, classes)).astype(dtype)
+    x[7, 1] = NAN
+    y = rng.integers(0, classes, rows)
+    each = rng.random((rows, classes)) < 0.7
+    each[0] = False
+    some = each[1:2] | (np.arange(classes) == 0)
+    for where in (None, each, np.asfortranarray(each), each[::-1], some, each[:, :1]):
+        full = np.broadcast_to(True if where is None else where, x.shape)
+        options = {"reduction": "none", "softcap": cap, "axis": axis}
+        options["where"] = where if axis == -1 or where is None else where.T
+        given = x if axis == -1 else np.ascontiguousarray(x.T)
+        loss, grad = ce.cross_entropy_with_grad(given, y, **options)
+        same(loss, ce.cross_entropy(given, y, **options))
+        own = given.copy()
+        same(loss, ce.cross_entropy_with_grad(own, y, out=own, **options)[0])
+        same(own, grad)
+        grad = grad if axis == -1 else grad.T
+        assert (grad[~full] == 0).all()
+        for row in (0, 1, 7, 255, 256, rows - 1):
+            alone = {"reduction": "none", "softcap": cap, "where": None if where is None else full[[row]]}
+            one = ce.cross_entropy_with_grad(x[[row]], y[[row]], **alone)
+            same(one[0], loss[[row]])
+            same(one[1][0], grad[row])
+        exact, slope = reference.cross_entropy_with_grad(x.astype(F64), y, where=where, reduction="none", softcap=cap)
+        single = F64 if dtype == F64 else F32
+        for got, true in ((loss, exact), (grad.astype(F64), slope)):
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(true))
+            np.testing.assert_array_equal(np.isinf(got), np.isinf(true))
+        # A capped logit has a rounding of its own.
+        fine, lost = np.isfinite(exact), 0.0 if cap is None else 8 * eps(single) * min(cap, 64.0)
+        np.testing.assert_allclose(loss[fine], exact[fine], rtol=8 * eps(single), atol=lost)
+        np.testing.assert_allclose(grad.astype(F64), slope, rtol=8 * eps(dtype), atol=8 * eps(single) + 8 * lost)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -276,13 +276,21 @@ impl<'a> Array<'a> {
 
     /// Reads the truth values of a run of booleans: nonzero for True.
     pub(crate) fn read_flags(&self, offset: isize, stride: isize, n: usize, dst: &mut [u8], step: usize) {
-        if self.dtype != DType::Bool || stride != 1 || step != 1 {
+        if self.dtype != DType::Bool || step != 1 || n == 0 {
             return self.read(offset, stride, n, dst, step);
         }
         self.check(offset, stride, n);
         let dst = &mut dst[..n];
-        // SAFETY: n adjacent bytes of the extent, checked above; `dst` has as many and is exclusively borrowed.
-        unsafe { core::ptr::copy_nonoverlapping(self.ptr.offset(offset), dst.as_mut_ptr(), n) }
+        // SAFETY: n bytes of the extent, checked above; `dst` has as many and is exclusively borrowed.
+        unsafe {
+            let ptr = self.ptr.offset(offset);
+            if stride == 1 {
+                return core::ptr::copy_nonoverlapping(ptr, dst.as_mut_ptr(), n);
+            }
+            for (i, to) in dst.iter_mut().enumerate() {
+                *to = *ptr.offset(i as isize * stride);
+            }
+        }
     }
 
     /// Reads class indices, each once: those equal to `ignore` become `none`, the lowest number. Gives one that is not below `limit` with its position,

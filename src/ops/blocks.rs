@@ -175,6 +175,17 @@ impl<'s, T: Work> Feed<'s, T> {
     }
 }
 
+/// As many of a state as rows are read together, moved by the vectors of the caller.
+#[inline(always)]
+pub(super) fn states<S: Copy>(empty: S, tiled: bool) -> Vec<S> {
+    let most = if tiled { TILE } else { 1 };
+    let mut states = Vec::with_capacity(most);
+    for _ in 0..most {
+        states.push(empty);
+    }
+    states
+}
+
 /// A result with one element per row.
 pub(super) struct RowResult<'a> {
     pub(super) out: &'a Out<'a>,

@@ -2,18 +2,18 @@
 //!
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Columns, ColumnsMut, DType, Flags, Offsets, Span, SpanMut, Vf};
-use crate::kernels::bend::{self, Mask};
+use crate::array::{Columns, ColumnsMut, DType, Offsets, Span, Vf};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::kernels::sweep::{self, Carry, Running, Sweep};
 use crate::simd::{Isa, Kernel, Vector};
 
+use super::bent::Bent;
 use super::few;
 use super::job::{Job, Kind, PROBS, X};
 use super::plan::Path;
 use super::scratch::{Buffer, Buffers, Scratch, Work, room};
-use super::source::{dense_row, flags, row_spread, shared_stream, softcap, unbend_patches};
+use super::source::{dense_row, row_spread, shared_stream, unbend_patches};
 use super::straight::{self, Land, Take};
 use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets, weighed};
 use super::tiles::LANES;
@@ -88,8 +88,7 @@ struct Operands<'s, 'j, 'a, T> {
     spread: &'s [T],
     offsets: &'s mut [Offsets; 3],
     flat: &'s mut Buffer<T>,
-    slope: &'s mut Buffer<T>,
-    mask: Vec<u8>,
+    bent: &'s mut Bent<T>,
     /// What smoothing gives each class of a row, where every row has a dense stream of its own, and the first row that is being filled.
     spreads: Vec<f64>,
     from: usize,
@@ -100,54 +99,11 @@ struct Operands<'s, 'j, 'a, T> {
 }
 
 impl<T: Work> Operands<'_, '_, '_, T> {
-    /// The logits, bent.
-    fn x(&mut self, strip: &Strip, x: &mut [T], classes: (usize, usize)) {
+    /// The logits, bent; to be undone if there is a `gradient`.
+    fn x(&mut self, strip: &Strip, x: &mut [T], classes: (usize, usize), gradient: bool) {
         let job = strip.job;
         strip.fill::<T>(job.x, X, job.tile_read, classes, (&mut *x, self.stride), self.offsets, self.flat);
-        if !job.bend.is_some() {
-            return;
-        }
-        let x = &mut x[..classes.1 * self.stride];
-        if let Some(cap) = job.bend.softcap {
-            self.lines(strip, x, |x| softcap(job.level, cap, false, x));
-        }
-        self.masked(strip, x, classes, T::NEG_INF);
-    }
-
-    /// The kept rows of each class, all at once where nothing lies between.
-    fn lines(&self, strip: &Strip, x: &mut [T], mut work: impl FnMut(&mut [T])) {
-        let rows = strip.kept.len();
-        if rows == self.stride {
-            return work(x);
-        }
-        x.chunks_mut(self.stride).for_each(|line| work(&mut line[..rows]));
-    }
-
-    /// Sets what is under False.
-    fn masked(&mut self, strip: &Strip, x: &mut [T], (first, count): (usize, usize), to: T) {
-        let job = strip.job;
-        let Some(array) = job.bend.mask.filter(|_| count > 0) else { return };
-        self.mask.resize(self.mask.len().max(x.len()), 1);
-        for (slot, &row) in strip.kept.iter().enumerate() {
-            flags(job, array, row, first, &mut self.mask[slot..], count, self.stride);
-        }
-        let dst = SpanMut::of(x);
-        job.level.run(Mask { mask: Flags::of(&self.mask), to, x: dst.read(), dst, ahead: core::ptr::null() });
-    }
-
-    /// Multiplies gradients by what bending did to the logits. Read before the logits are overwritten.
-    fn unbend(&mut self, strip: &Strip, gradient: &mut [T], classes: (usize, usize)) {
-        let job = strip.job;
-        let gradient = &mut gradient[..classes.1 * self.stride];
-        if let Some(cap) = job.bend.softcap {
-            let mut slope = core::mem::take(self.slope);
-            let factors = room(&mut slope, gradient.len());
-            strip.fill::<T>(job.x, X, job.tile_read, classes, (&mut *factors, self.stride), self.offsets, self.flat);
-            self.lines(strip, factors, |factors| softcap(job.level, cap, true, factors));
-            bend::multiply(job.level, SpanMut::of(gradient), Span::of(factors));
-            *self.slope = slope;
-        }
-        self.masked(strip, gradient, classes, T::ZERO);
+        self.bent.bend(strip, x, self.stride, classes, gradient);
     }
 
     /// The dense stream that each row has of its own.
@@ -178,7 +134,7 @@ impl<T: Work> Blocks<T> for Operands<'_, '_, '_, T> {
         let kept = self.strip.kept;
         let strip = Strip::new(self.strip.job, &kept[from..kept.len().min(from + width)]);
         self.from = from;
-        self.x(&strip, x, (first, count));
+        self.x(&strip, x, (first, count), false);
         for &(class, at) in self.by_class.part(first, count) {
             let slot = at % APART;
             if (from..from + width).contains(&slot) {
@@ -263,7 +219,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
     let few = classes <= BLOCK;
     let mut offsets = core::mem::take(&mut scratch.offsets);
     let (tile, buffers, _) = T::buffers(scratch);
-    let Buffers { x, dense, shared, block: flat, slope, running, sums, .. } = buffers;
+    let Buffers { x, dense, shared, block: flat, bent, running, sums, .. } = buffers;
     shared_stream(job, shared);
     let own = job.own_dense();
     // Scales and offsets of the probabilities, if they are not the target mass themselves.
@@ -293,15 +249,14 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
         spread,
         offsets,
         flat,
-        slope,
-        mask: Vec::new(),
+        bent,
         spreads,
         from: 0,
         x_target,
         by_class: if few { ByClass(Vec::new()) } else { ByClass::new(strip) },
     };
     if few {
-        operands.x(strip, x, (0, classes));
+        operands.x(strip, x, (0, classes), job.out.is_some());
         if own {
             operands.dense(strip, dense, (0, classes));
         }
@@ -388,7 +343,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
         for first in (0..classes).step_by(depth) {
             let count = depth.min(classes - first);
             if !few {
-                operands.x(strip, x, (first, count));
+                operands.x(strip, x, (first, count), true);
                 if own {
                     operands.dense(strip, dense, (first, count));
                 }
@@ -401,9 +356,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
             let tiled = ColumnsMut::of(x, stride, count, stride);
             let carry = Carry { scale, x: tiled.read(), out: tiled, stream: false, next: later(first + count), formulas };
             job.level.run(Emit { carry, dense: stream, tile, log, stored, most });
-            if job.bend.is_some() {
-                operands.unbend(strip, x, (first, count));
-            }
+            operands.bent.unbend(strip, &mut x[..count * stride]);
             if job.kind == Kind::Loss {
                 patch(strip, tile, &mut x[..], stride, (index, &operands.by_class), (first, count));
             }

@@ -45,7 +45,7 @@ pub(super) fn all_plain<T: Work>(job: &Job) -> bool {
             && T::DTYPE == DType::F32
             && (1..=BLOCK).contains(&job.classes.size);
     }
-    plain::<T>(job) && !job.bend.is_some()
+    plain::<T>(job)
 }
 
 /// What multiplies the losses of a strip, to its weights if that is not 1, and what multiplies its gradients, to `g`: NaN where [`Few`] would lose
@@ -200,11 +200,12 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
-    let (tile, Buffers { x: kept_x, block: flat, .. }, _) = T::buffers(scratch);
+    let (tile, Buffers { x: kept_x, block: flat, bent, .. }, _) = T::buffers(scratch);
     tile.reserve(n, 1);
     let mut x = core::mem::take(kept_x);
     let logits = room(&mut x, classes * stride);
     strip.fill::<T>(job.x, X, job.tile_read, (0, classes), (&mut *logits, stride), &mut offsets, flat);
+    bent.bend(strip, logits, stride, (0, classes), job.out.is_some());
     let (target, lanes) = room(flat, (2 + few::LANES) * WIDTH).split_at_mut(WIDTH);
     let (g, lanes) = lanes.split_at_mut(WIDTH);
     let far = job.kind == Kind::Loss && factors(strip, tile, g);
@@ -241,6 +242,9 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
         lanes,
         next,
     });
+    if job.out.is_some() {
+        bent.unbend(strip, &mut logits[..classes * stride]);
+    }
     if job.kind == Kind::Loss && job.weighted() {
         for (loss, weight) in tile.loss.iter_mut().zip(&tile.weight[..n]) {
             *loss = weighed(*loss, *weight);

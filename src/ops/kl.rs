@@ -11,7 +11,7 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, Reduction};
-use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE, assert_asked, in_float64};
+use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE, assert_asked, in_float64, states};
 use super::job::{TASK, rows_per_task};
 use super::plan::with_axes;
 use super::scratch::{Buffer, SCRATCH, Work, room};
@@ -160,8 +160,7 @@ fn work<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut feeds
     let constants = Constants::<S, T>::new(isa, job.scale);
     let empty = Divergence::new(&constants);
     let classes = job.layout.classes.size;
-    let most = if job.is_tiled() { TILE } else { 1 };
-    let (mut rows, mut slopes) = (vec![empty; most], vec![None; most]);
+    let (mut rows, mut slopes) = (states(empty, job.is_tiled()), states(None, job.is_tiled()));
     let mut sum = Pair::default();
     let mut row = first;
     while row < last {

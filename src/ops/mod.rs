@@ -4,6 +4,7 @@
 
 mod api;
 mod bandwidth;
+mod bent;
 mod blocks;
 mod by_columns;
 mod by_rows;

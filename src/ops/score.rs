@@ -7,7 +7,7 @@ use crate::simd::{Isa, Kernel, Mask, Vector};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE, assert_asked, in_float64};
+use super::blocks::{Chunk, Feed, Layout, Operand, RowResult, TILE, assert_asked, in_float64, states};
 use super::job::{TASK, rows_per_task};
 use super::plan::with_axes;
 use super::scratch::{SCRATCH, Work};
@@ -152,7 +152,7 @@ fn score<S: Isa, T: Work, const SPREAD: bool>(isa: S, job: &Job, first: usize, l
     let empty = Scan::new(&constants);
     let classes = job.layout.classes.size;
     let (mut logit, mut rank) = ([T::ZERO; TILE], [0; TILE]);
-    let mut scans = vec![empty; if job.x.is_tiled() { TILE } else { 1 }];
+    let mut scans = states(empty, job.x.is_tiled());
     let mut row = first;
     while row < last {
         let n = job.layout.together(job.x.is_tiled(), row, last);

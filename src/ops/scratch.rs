@@ -10,6 +10,7 @@ use crate::kernels::finish::Tile;
 use crate::kernels::state::{Reference, Summand};
 use crate::simd::Level;
 
+use super::bent::Bent;
 use super::source::line_of;
 
 /// Scratch of one thread, kept between calls.
@@ -31,6 +32,7 @@ pub(super) struct Buffers<T> {
     pub(super) block: Buffer<T>,
     /// What a softcap did to the logits.
     pub(super) slope: Buffer<T>,
+    pub(super) bent: Bent<T>,
     /// Of long rows, where they cannot be kept in the result.
     pub(super) exponentials: Buffer<T>,
     /// States of columns.

@@ -29,7 +29,7 @@ impl Bend<'_> {
 
 /// `cap·tanh(x/cap)` in place, or the derivative 1 − tanh² there: in float64 where float32 might not hold the cap, or only part of the digits of
 /// x/cap.
-pub(super) fn softcap<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T]) {
+fn softcap<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T]) {
     if keeps_its_digits::<T>(cap) {
         let dst = SpanMut::of(x);
         return level.run(Softcap { cap: Cap::new(cap), slope, x: dst.read(), dst, slopes: &mut [] });
@@ -42,6 +42,19 @@ pub(super) fn softcap<T: Work>(level: Level, cap: f64, slope: bool, x: &mut [T])
         level.run(Softcap { cap: Cap::new(cap), slope, x: dst.read(), dst, slopes: &mut [] });
         x.iter_mut().zip(wide.iter()).for_each(|(x, &wide)| *x = T::from_f64(wide));
     }
+}
+
+/// Logits capped in place, and the derivatives there into `slopes`, if there is room.
+pub(super) fn capped<T: Work>(level: Level, cap: f64, x: &mut [T], slopes: &mut [T]) {
+    if keeps_its_digits::<T>(cap) {
+        let dst = SpanMut::of(x);
+        return bend::cap(level, Cap::new(cap), dst.read(), dst, slopes);
+    }
+    if !slopes.is_empty() {
+        slopes.copy_from_slice(x);
+        softcap(level, cap, true, slopes);
+    }
+    softcap(level, cap, false, x);
 }
 
 /// The softcap, if the loops over long rows can do it themselves: of float32, where it is all there is to be done and the exponentials are `kept`, if
@@ -144,11 +157,7 @@ pub(super) fn logits_and_slopes<T: Work>(job: &Job, row: usize, start: usize, ds
         }
         (_, Some(cap)) => {
             unbent(job, row, start, dst);
-            if !slopes.is_empty() {
-                slopes.copy_from_slice(dst);
-                softcap(job.level, cap, true, slopes);
-            }
-            softcap(job.level, cap, false, dst);
+            capped(job.level, cap, dst, slopes);
         }
         _ => unbent(job, row, start, dst),
     }

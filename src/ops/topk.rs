@@ -9,7 +9,7 @@ use crate::simd::{Isa, Kernel};
 use crate::threads;
 
 use super::api::{Error, Exec};
-use super::blocks::{Chunk, Feed, Layout, Operand, TILE, assert_asked, in_float64};
+use super::blocks::{Chunk, Feed, Layout, Operand, TILE, assert_asked, in_float64, states};
 use super::job::{TASK, rows_per_task};
 use super::plan::Axes;
 use super::scratch::{SCRATCH, Work};
@@ -84,9 +84,8 @@ fn search<S: Isa, T: Work>(isa: S, job: &Job, first: usize, last: usize, mut fee
     let constants = Constants::<S, T>::new(isa, 1.0);
     let empty = Scan::new(&constants);
     let classes = job.layout.classes.size;
-    let most = if job.x.is_tiled() { TILE } else { 1 };
-    let (mut scans, mut best) = (vec![empty; most], Vec::new());
-    best.resize_with(most, Largest::<T>::default);
+    let (mut scans, mut best) = (states(empty, job.x.is_tiled()), Vec::new());
+    best.resize_with(scans.len(), Largest::<T>::default);
     let mut row = first;
     while row < last {
         // Rows share a tile as long as their candidates take little memory.
