@@ -144,22 +144,13 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
     /// By how much Q's maximum, moved by d, lies above P's.
     #[inline(always)]
     fn above(&self) -> f64 {
-        let between = difference(self.p.max.to_f64(), self.q.max.to_f64());
-        (self.d.hi - between.hi) + (self.d.lo - between.lo)
+        above(self.d, [self.p.max.to_f64(), self.q.max.to_f64()])
     }
 
     /// e^d between the references.
     #[inline(always)]
     fn factor(&self, scale: f64) -> f64 {
-        let k = self.p.reference.k - self.q.reference.k;
-        if self.p.reference.b == 0.0 && self.q.reference.b == 0.0 {
-            // What d·scale does not fit into one number multiplies the exponential.
-            let x = self.d.hi * scale;
-            let lost = self.d.hi.mul_add(scale, -x) + self.d.lo * scale;
-            return exp_f64(Scalar, x, k) * (1.0 + lost);
-        }
-        let [p, q] = [&self.p, &self.q].map(|row| row.max.to_f64() - row.reference.b);
-        exp_f64(Scalar, ((p - q) + self.above()) * scale, k)
+        factor(self.d, [self.p.max.to_f64(), self.q.max.to_f64()], [self.p.reference, self.q.reference], scale)
     }
 
     #[inline(always)]
@@ -490,6 +481,25 @@ fn add_here<S: Isa, T: Real>(
     let gap = Vf::<S, T>::select(some, gap, f);
     let infinity = -Vf::<S, T>::splat(isa, T::NEG_INF);
     sums.gap = sums.gap + Vf::<S, T>::select(t.eq(infinity), infinity, gap);
+}
+
+#[inline(always)]
+fn above(d: Pair, [p, q]: [f64; 2]) -> f64 {
+    let between = difference(p, q);
+    (d.hi - between.hi) + (d.lo - between.lo)
+}
+
+/// See [`Divergence::factor`]; the same for every level.
+#[inline(never)]
+fn factor(d: Pair, tops: [f64; 2], [p, q]: [Reference; 2], scale: f64) -> f64 {
+    let k = p.k - q.k;
+    if p.b == 0.0 && q.b == 0.0 {
+        // What d·scale does not fit into one number multiplies the exponential.
+        let x = d.hi * scale;
+        let lost = d.hi.mul_add(scale, -x) + d.lo * scale;
+        return exp_f64(Scalar, x, k) * (1.0 + lost);
+    }
+    exp_f64(Scalar, (((tops[0] - p.b) - (tops[1] - q.b)) + above(d, tops)) * scale, k)
 }
 
 /// a − b and what its rounding lost.

@@ -2,18 +2,19 @@
 
 use crate::array::{Flags, Span, SpanMut};
 use crate::kernels::bend::{self, Mask};
+use crate::kernels::finish::WIDTH;
 use crate::simd::Level;
 
 use super::job::MASK;
 use super::scratch::{Buffer, Work, room};
-use super::source::{capped, flags};
+use super::source::{capped, flags, row_spreads, spread_over};
 use super::strip::Strip;
 
 /// How the logits of a tile were bent: the slopes of the softcap, and the mask, as in the tile.
 #[derive(Default)]
 pub(super) struct Bent<T> {
     slopes: Buffer<T>,
-    mask: Vec<u8>,
+    pub(super) mask: Truth,
 }
 
 impl<T: Work> Bent<T> {
@@ -30,25 +31,16 @@ impl<T: Work> Bent<T> {
                 capped(job.level, cap, &mut x[start..start + len], slopes.get_mut(start..start + len).unwrap_or_default());
             }
         }
-        let Some(array) = job.bend.mask.filter(|_| count > 0) else { return };
-        self.mask.resize(self.mask.len().max(x.len()), 1);
-        if strip.run && job.classes.is_line() {
-            let (base, step) = (job.rows.offset(MASK, strip.kept[0]), job.classes.inner_stride(MASK));
-            for (c, line) in self.mask.chunks_mut(stride).enumerate().take(count) {
-                array.read_flags(base + (first + c) as isize * step, job.rows.inner_stride(MASK), rows, line, 1);
-            }
-        } else {
-            for (slot, &row) in strip.kept.iter().enumerate() {
-                flags(job, array, row, first, &mut self.mask[slot..], count, stride);
-            }
+        if job.bend.mask.is_some() {
+            self.mask.fill(strip, stride, (first, count));
+            self.masked(job.level, x, T::NEG_INF);
         }
-        self.masked(job.level, x, T::NEG_INF);
     }
 
     /// Sets what is under False.
     fn masked(&self, level: Level, x: &mut [T], to: T) {
         let dst = SpanMut::of(x);
-        level.run(Mask { mask: Flags::of(&self.mask), to, x: dst.read(), dst, ahead: core::ptr::null() });
+        level.run(Mask { mask: Flags::of(&self.mask.0), to, x: dst.read(), dst, ahead: core::ptr::null() });
     }
 
     /// Multiplies gradients by what bending did to the logits.
@@ -60,5 +52,45 @@ impl<T: Work> Bent<T> {
         if job.bend.mask.is_some() {
             self.masked(job.level, gradient, T::ZERO);
         }
+    }
+}
+
+/// The mask of a tile.
+#[derive(Default)]
+pub(super) struct Truth(Vec<u8>);
+
+impl Truth {
+    fn fill(&mut self, strip: &Strip, stride: usize, (first, count): (usize, usize)) {
+        let Strip { job, kept, run } = *strip;
+        let Some(array) = job.bend.mask else { return };
+        self.0.resize(self.0.len().max(count * stride), 1);
+        if run && job.classes.is_line() && kept.len() >= count {
+            let (base, step) = (job.rows.offset(MASK, kept[0]), job.classes.inner_stride(MASK));
+            for (c, line) in self.0.chunks_mut(stride).enumerate().take(count) {
+                array.read_flags(base + (first + c) as isize * step, job.rows.inner_stride(MASK), kept.len(), line, 1);
+            }
+        } else {
+            for (slot, &row) in kept.iter().enumerate() {
+                flags(job, array, row, first, self.0.get_mut(slot..).unwrap_or_default(), count, stride);
+            }
+        }
+    }
+
+    /// That of the class at `c`, if there is one.
+    pub(super) fn line(&self, strip: &Strip, c: usize, stride: usize) -> Option<&[u8]> {
+        strip.job.bend.mask.map(|_| &self.0[c * stride..][..strip.kept.len()])
+    }
+
+    /// As [`row_spreads`], of a tile that has all classes.
+    pub(super) fn spreads(&self, strip: &Strip, stride: usize) -> Vec<(f64, usize)> {
+        let Strip { job, kept, .. } = *strip;
+        if job.bend.mask.is_none() || job.spread == 0.0 {
+            return row_spreads(strip);
+        }
+        let mut counts = [0_u32; WIDTH];
+        for line in (0..job.classes.size).filter_map(|c| self.line(strip, c, stride)) {
+            counts.iter_mut().zip(line).for_each(|(count, &kept)| *count += u32::from(kept != 0));
+        }
+        kept.iter().zip(counts).map(|(&row, count)| (spread_over(job, row, count as usize), count as usize)).collect()
     }
 }

@@ -2,18 +2,18 @@
 //!
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Columns, ColumnsMut, DType, Offsets, Span, Vf};
+use crate::array::{Columns, ColumnsMut, DType, Offsets, Span};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::kernels::sweep::{self, Carry, Running, Sweep};
-use crate::simd::{Isa, Kernel, Vector};
+use crate::simd::{Isa, Kernel};
 
 use super::bent::Bent;
 use super::few;
 use super::job::{Job, Kind, PROBS, X};
 use super::plan::Path;
 use super::scratch::{Buffer, Buffers, Scratch, Work, room};
-use super::source::{dense_row, row_spread, shared_stream, unbend_patches};
+use super::source::{dense_column, is_probs, row_spreads, shared_stream, unbend_patches};
 use super::straight::{self, Land, Take};
 use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets, weighed};
 use super::tiles::LANES;
@@ -58,39 +58,15 @@ impl<T: Work> Kernel for Emit<'_, T> {
     }
 }
 
-/// `T_c = keep_c·P + spread_c` in place.
-struct Mass<'s, T> {
-    p: ColumnsMut<'s, T>,
-    width: usize,
-    keep: &'s [T],
-    spread: &'s [T],
-}
-
-impl<T: Work> Kernel for Mass<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Isa>(self, isa: S) {
-        for c in 0..self.keep.len() {
-            let (keep, spread) = (Vf::<S, T>::splat(isa, self.keep[c]), Vf::<S, T>::splat(isa, self.spread[c]));
-            for j in (0..self.width).step_by(Vf::<S, T>::LANES) {
-                self.p.store_whole(isa, c, j, self.p.read().load_whole(isa, c, j).mul_add(keep, spread));
-            }
-        }
-    }
-}
-
 /// The operands of a strip, block by block.
 struct Operands<'s, 'j, 'a, T> {
     strip: &'s Strip<'j, 'a>,
     stride: usize,
-    scaled: bool,
-    keep: &'s [T],
-    spread: &'s [T],
     offsets: &'s mut [Offsets; 3],
     flat: &'s mut Buffer<T>,
     bent: &'s mut Bent<T>,
     /// What smoothing gives each class of a row, where every row has a dense stream of its own, and the first row that is being filled.
-    spreads: Vec<f64>,
+    spreads: Vec<(f64, usize)>,
     from: usize,
     /// The logits of the sparse targets, as in the tile, once their blocks were filled.
     x_target: Vec<f64>,
@@ -109,22 +85,22 @@ impl<T: Work> Operands<'_, '_, '_, T> {
     /// The dense stream that each row has of its own.
     fn dense(&mut self, strip: &Strip, dense: &mut [T], classes: (usize, usize)) {
         let (job, stride, (first, count)) = (strip.job, self.stride, classes);
-        match job.probs {
-            Some(probs) if job.bend.mask.is_none() => {
-                let path = if probs.dtype() == T::DTYPE { job.tile_probs } else { Path::Gathered };
-                strip.fill::<T>(probs, PROBS, path, classes, (dense, stride), self.offsets, self.flat);
-                if self.scaled {
-                    let (keep, spread) = (&self.keep[first..first + count], &self.spread[first..first + count]);
-                    job.level.run(Mass { p: ColumnsMut::of(dense, stride, count, stride), width: strip.kept.len(), keep, spread });
-                }
-            }
-            _ => {
-                let mut block = [T::ZERO; BLOCK];
-                for (slot, &row) in strip.kept.iter().enumerate() {
-                    dense_row(job, row, self.spreads[self.from + slot], first, &mut block[..count]);
-                    block[..count].iter().enumerate().for_each(|(c, &t)| dense[c * stride + slot] = t);
-                }
-            }
+        if let Some(probs) = job.probs {
+            let path = if probs.dtype() == T::DTYPE { job.tile_probs } else { Path::Gathered };
+            strip.fill::<T>(probs, PROBS, path, classes, (&mut *dense, stride), self.offsets, self.flat);
+        } else {
+            dense[..count * stride].fill(T::ZERO);
+        }
+        if is_probs(job) {
+            return;
+        }
+        let n = strip.kept.len();
+        if self.spreads.is_empty() {
+            self.spreads.resize(self.strip.kept.len(), (0.0, 0));
+        }
+        let spreads = &self.spreads[self.from..];
+        for (c, line) in dense.chunks_mut(stride).enumerate().take(count) {
+            dense_column(job, first + c, spreads, self.bent.mask.line(strip, c, stride), &mut line[..n]);
         }
     }
 }
@@ -222,44 +198,33 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
     let Buffers { x, dense, shared, block: flat, bent, running, sums, .. } = buffers;
     shared_stream(job, shared);
     let own = job.own_dense();
-    // Scales and offsets of the probabilities, if they are not the target mass themselves.
-    let scaled = own && job.probs.is_some() && !(job.keep == 1.0 && job.spread == 0.0 && job.weight.is_empty());
-    if scaled {
-        let (keep, spread) = room(shared, 2 * classes).split_at_mut(classes);
-        for c in 0..classes {
-            let w = job.weight.get(c).copied().unwrap_or(1.0);
-            (keep[c], spread[c]) = (T::from_f64(w * job.keep), T::from_f64(w * job.spread));
-        }
-    }
     let shared = &shared[..];
-    let (keep, spread) = if scaled { shared[..2 * classes].split_at(classes) } else { (shared, shared) };
     let depth = classes.clamp(1, BLOCK);
     let stride = width;
     let x = room(x, depth * stride);
     let dense = room(dense, if own { depth * stride } else { 0 });
-    let plain = prepare(strip, tile);
-    let x_target = if few { Vec::new() } else { core::mem::take(&mut tile.x_target) };
     let offsets = &mut offsets;
-    let spreads = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
     let mut operands = Operands::<T> {
         strip,
         stride,
-        scaled,
-        keep,
-        spread,
         offsets,
         flat,
         bent,
-        spreads,
+        spreads: Vec::new(),
         from: 0,
-        x_target,
+        x_target: Vec::new(),
         by_class: if few { ByClass(Vec::new()) } else { ByClass::new(strip) },
     };
     if few {
         operands.x(strip, x, (0, classes), job.out.is_some());
-        if own {
-            operands.dense(strip, dense, (0, classes));
-        }
+    }
+    operands.spreads = if few { operands.bent.mask.spreads(strip, stride) } else { row_spreads(strip) };
+    if few && own {
+        operands.dense(strip, dense, (0, classes));
+    }
+    let plain = prepare(strip, tile, &operands.spreads);
+    if !few {
+        operands.x_target = core::mem::take(&mut tile.x_target);
     }
     // The same losses as in the plain case.
     let mut losses = [f64::NAN; WIDTH];

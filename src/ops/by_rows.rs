@@ -18,7 +18,8 @@ use super::results::{Results, Set, To, clear, patch, unbend_and_write};
 use super::scratch::{Buffers, Scratch, Work, room};
 use super::segments;
 use super::source::{
-    self, adjacent_masked, dense_row, logits, logits_and_slopes, row_spread, shared_stream, target_slopes, unbend_patches, unbent,
+    self, adjacent_masked, adjacent_probs, dense_row, kept_classes, logits, logits_and_slopes, masked, row_spreads, shared_stream,
+    target_slopes, unbend_patches, unbent,
 };
 use super::strip::{Finish, Strip, Total, collect, ignored, prepare, settle, targets};
 use super::targets::NONE;
@@ -95,8 +96,8 @@ impl Way {
     pub(super) fn of<T: Work>(job: &Job) -> Self {
         let same = job.x.dtype() == T::DTYPE;
         let store = job.out.is_some() && job.kind != Kind::LogSoftmax;
-        // Probabilities may be under False of a mask, where the gradient is 0 all the same.
-        let bent = job.bend.softcap.is_some() || job.bend.mask.is_some() && job.probs.is_some();
+        // Under False of a mask, where the gradient is 0, there may be a share of the target.
+        let bent = job.bend.softcap.is_some() || job.bend.mask.is_some() && job.terms.dense;
         let at_once = job.direct_out && !bent;
         Self { direct: job.direct && same, store, in_result: store && at_once && same, at_once }
     }
@@ -107,8 +108,9 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
     let Strip { job, kept, .. } = *strip;
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
-    let (tile, Buffers { x: copy, slope, .. }, references) = T::buffers(scratch);
-    let plain = prepare(strip, tile);
+    let (tile, Buffers { x: copy, slope, block, .. }, references) = T::buffers(scratch);
+    let spreads = row_spreads(strip);
+    let plain = prepare(strip, tile, &spreads);
     let Way { direct, store, in_result, at_once } = Way::of::<T>(job);
     let [here, there, local] = &mut offsets;
     let pitch = classes.next_multiple_of(16);
@@ -158,7 +160,13 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
     };
     let scale = job.terms.scale;
     let (wanted, cold) = (job.kind == Kind::LogSoftmax, in_result && job.stores != Stores::Cached);
-    if job.level.run(Short { scale, x, from, wanted, dst: e, cold, distances: job.even(), classes: target, tile }) {
+    let (even, masked, block) = (job.even(), job.bend.mask.is_some(), room(block, BLOCK));
+    if even && masked {
+        for (slot, &row) in kept.iter().enumerate() {
+            set_distances(tile, slot, distances(job, row, Some(x.row(slot)), block));
+        }
+    }
+    if job.level.run(Short { scale, x, from, wanted, dst: e, cold, distances: even && !masked, classes: target, tile }) {
         for (slot, &row) in kept.iter().enumerate() {
             if !tile.ties[slot].is_nan() {
                 continue;
@@ -166,7 +174,7 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
             if let Some((RawRows::Backwards(rows), to)) = from {
                 (0..classes).for_each(|c| to.row(slot).set(c, rows.row(slot).get(classes - 1 - c)));
             }
-            let far = job.even().then(|| distances(job, row, Some(x.row(slot)), &mut []));
+            let far = even.then(|| distances(job, row, Some(x.row(slot)), block));
             references.resize(references.len().max(classes.div_ceil(BLOCK)), Reference { k: 0.0, b: 0.0 });
             let state = job.level.run(Reduce {
                 scale,
@@ -188,11 +196,13 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
                 }
             }
             put(tile, slot, &state);
-            set_distances(tile, slot, far);
+            if let Some(far) = far {
+                set_distances(tile, slot, far);
+            }
         }
     }
     let terms = Terms { plain, ..job.terms };
-    share_evenly(strip, tile);
+    share_evenly(strip, tile, &spreads);
     job.level.run(Finish { terms: &terms, tile, rows: (0, n), single: T::DTYPE == DType::F32 });
     if let Some((out, (base, rows))) = out {
         unbend_patches(job, kept, tile);
@@ -232,7 +242,8 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
     let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
     let blocks = classes.div_ceil(BLOCK);
     let (tile, Buffers { x: copy, dense, shared, block, slope: slopes, exponentials, .. }, references) = T::buffers(scratch);
-    let plain = prepare(strip, tile);
+    let spreads = row_spreads(strip);
+    let plain = prepare(strip, tile, &spreads);
     let terms = Terms { plain, ..job.terms };
     let mut way = Way::of::<T>(job);
     // What a softcap did to the logits goes into the exponentials, if the gradient is nothing but those.
@@ -262,7 +273,6 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
     let capped = !folds && job.out.is_some() && job.bend.softcap.is_some() && classes * size_of::<T>() <= KEPT;
     let slopes = room(slopes, if capped { n * classes } else { 2 * BLOCK * usize::from(cap.is_some()) });
     let (shared, own, stream) = (&shared[..], job.own_dense(), terms.dense && !job.even());
-    let spreads: Vec<f64> = if own { kept.iter().map(|&row| row_spread(job, row)).collect() } else { Vec::new() };
     references.resize(references.len().max(blocks * n), Reference { k: 0.0, b: 0.0 });
     let line = |row: usize| job.x.span::<T>(job.rows.offset(X, row), classes);
     let raw = |row: usize| match job.bend.mask {
@@ -289,11 +299,11 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     let mut slopes_at = Vec::new();
     for (slot, &row) in kept.iter().enumerate() {
-        let spread = spreads.get(slot).copied().unwrap_or(0.0);
+        let (spread, _) = spreads.get(slot).copied().unwrap_or_default();
         let (own_slopes, bent) =
             if capped { (&mut slopes[slot * classes..][..classes], &mut [][..]) } else { (&mut [][..], &mut slopes[..]) };
         // Before exponentials may take the place of the logits; those of the first caches are read twice.
-        let far = job.even().then(|| distances(job, row, direct.then(|| line(row)), again));
+        let far = job.even().then(|| distances(job, row, (direct && cap.is_none()).then(|| line(row)), again));
         let mut fill = |index: usize, dst: &mut [T]| {
             let start = index * BLOCK;
             if cap.is_some() {
@@ -311,10 +321,12 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             let from = if job.lines { job.x.address(job.rows.offset(X, row)) } else { copy.as_ptr().cast() };
             Input::Made { fill: &mut fill, scratch: copy, classes, from: (from, job.x.dtype().size()) }
         };
-        let t = match (stream, own) {
-            (false, _) => Input::None,
-            (true, false) => Input::row(Span::of(&shared[..classes])),
-            (true, true) => {
+        let probs = if own { adjacent_probs(job, row) } else { None };
+        let t = match (stream, own, probs) {
+            (false, ..) => Input::None,
+            (true, false, _) => Input::row(Span::of(&shared[..classes])),
+            (true, true, Some(probs)) => Input::row(probs),
+            (true, true, None) => {
                 let from = (dense.as_ptr().cast(), 0);
                 Input::Made { fill: &mut fill_dense, scratch: dense, classes, from }
             }
@@ -355,9 +367,11 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             _ => level.run(reduce),
         };
         put(tile, slot, &state);
-        set_distances(tile, slot, far);
+        if let Some(far) = far {
+            set_distances(tile, slot, far);
+        }
     }
-    share_evenly(strip, tile);
+    share_evenly(strip, tile, &spreads);
     level.run(Finish { terms: &terms, tile, rows: (0, n), single });
     let Some(out) = job.out else { return settle(strip, tile, total) };
     if folds {
@@ -377,11 +391,12 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
         } else {
             None
         };
-        if at_once
-            && (!stream || !own)
-            && let (Some(src), Some(dst)) = (src, result(row, 0, classes))
-        {
-            let t = if stream { Span::of(&shared[..classes]) } else { Span::of(&[]) };
+        let whole = match (stream, own) {
+            (false, _) => Some(Span::of(&[])),
+            (true, false) => Some(Span::of(&shared[..classes])),
+            (true, true) => adjacent_probs(job, row),
+        };
+        if at_once && let (Some(t), Some(src), Some(dst)) = (whole, src, result(row, 0, classes)) {
             results.write(Rows::single(src), t, references, dst);
             continue;
         }
@@ -392,17 +407,15 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             results.read::<T>(Rows::single(Span::of(&[])), Some(HalfRows::single(half)), Span::of(&[]), &[], dst);
             continue;
         }
-        let spread = spreads.get(slot).copied().unwrap_or(0.0);
+        let (spread, _) = spreads.get(slot).copied().unwrap_or_default();
         for index in 0..blocks {
             let start = index * BLOCK;
             let count = BLOCK.min(classes - start);
-            let t = match (stream, own) {
-                (false, _) => Span::of(&[]),
-                (true, false) => Span::of(&shared[start..start + count]),
-                (true, true) => {
-                    dense_row(job, row, spread, start, &mut dense[..count]);
-                    Span::of(&dense[..count])
-                }
+            let t = if let Some(t) = whole {
+                if stream { t.part(start, count) } else { t }
+            } else {
+                dense_row(job, row, spread, start, &mut dense[..count]);
+                Span::of(&dense[..count])
             };
             let src = if let Some(src) = src {
                 src.part(start, count)
@@ -450,49 +463,52 @@ pub(super) fn put(tile: &mut Tile, slot: usize, state: &State) {
     tile.t_top[slot] = state.t_top;
 }
 
-/// Σ (max − x) of a row and where its first maximum is: of `line`, or of what is copied to `scratch` block by block.
+/// Σ (max − x) of the classes of a row that take part, and where its first maximum is: of `line`, or of what is copied to `scratch` block by block.
 fn distances<T: Work>(job: &Job, row: usize, line: Option<Span<T>>, scratch: &mut [T]) -> (f64, usize) {
-    let classes = job.classes.size;
+    let (classes, mut before) = (job.classes.size, 0);
     let (mut max, mut sum, mut at) = (f64::NEG_INFINITY, 0.0, 0);
     for start in (0..classes).step_by(BLOCK) {
-        let n = BLOCK.min(classes - start);
-        let block = if let Some(line) = line {
-            line.part(start, n)
-        } else {
-            logits(job, row, start, &mut scratch[..n]);
-            Span::of(&scratch[..n])
-        };
-        let (top, part, first) = job.level.run(Distances(block));
+        let mut n = BLOCK.min(classes - start);
+        let own = scratch.get_mut(..n).unwrap_or_default();
+        if line.is_none() {
+            logits(job, row, start, own);
+        }
+        let own = SpanMut::of(own);
+        let block = line.map_or(own.read(), |line| line.part(start, n));
+        let (top, mut part, first) = job.level.run(Distances(block));
+        if job.bend.mask.is_some() {
+            // What does not take part is as far as the maximum.
+            masked(job, row, start, T::from_f64(if top.is_finite() { top } else { 0.0 }), block, own);
+            (_, part, _) = job.level.run(Distances(own.read()));
+            n = kept_classes(job, row, start, n);
+        }
         if top > max {
             if max > f64::NEG_INFINITY {
-                sum += start as f64 * (top - max);
+                sum += before as f64 * (top - max);
             }
             (max, at) = (top, start + first);
         } else if top > f64::NEG_INFINITY {
             sum += n as f64 * (max - top);
         }
         sum += part;
+        before += n;
     }
     (sum, at)
 }
 
-fn set_distances(tile: &mut Tile, slot: usize, far: Option<(f64, usize)>) {
-    if let Some((sum, at)) = far {
-        (tile.lin[slot], tile.arg[slot]) = (sum, at as f64);
-    }
+fn set_distances(tile: &mut Tile, slot: usize, (sum, at): (f64, usize)) {
+    (tile.lin[slot], tile.arg[slot]) = (sum, at as f64);
 }
 
 /// From distances to what a stream would have left, where all classes have the same share of the target.
-fn share_evenly(strip: &Strip, tile: &mut Tile) {
-    let Strip { job, kept, .. } = *strip;
-    if job.even() {
-        for (slot, &row) in kept.iter().enumerate() {
-            let share = row_spread(job, row);
+fn share_evenly(strip: &Strip, tile: &mut Tile, spreads: &[(f64, usize)]) {
+    if strip.job.even() {
+        for (slot, &(share, count)) in spreads.iter().enumerate() {
             tile.share[slot] = share;
             // A share of nothing of an infinite distance is nothing.
             tile.lin[slot] = if share == 0.0 { 0.0 } else { share * tile.lin[slot] };
             tile.t_top[slot] = share * tile.ties[slot];
-            tile.t_rest[slot] = share * (job.classes.size as f64 - tile.ties[slot]);
+            tile.t_rest[slot] = share * (count as f64 - tile.ties[slot]);
         }
     }
 }

@@ -12,7 +12,7 @@ use super::targets::{Labels, RowWeights, read_optional};
 
 /// `log Σ exp(x)` over `axes`; `out` has the other axes.
 pub fn logsumexp(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<(), Error> {
-    Job::new(Kind::LogSumExp, x, axes, None, None, Some(out), None, Bend::default(), exec.level)?.run(exec).map(|_| ())
+    Job::new(Kind::LogSumExp, x, axes, None, None, Some(out), None, (Bend::default(), false), exec.level)?.run(exec).map(|_| ())
 }
 
 /// `exp(x − logsumexp(x))` over `axes`.
@@ -21,7 +21,7 @@ pub fn softmax(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<(), 
         // There may be any number of rows without classes.
         return Ok(());
     }
-    Job::new(Kind::Softmax, x, axes, Some(out), None, None, None, Bend::default(), exec.level)?.run(exec).map(|_| ())
+    Job::new(Kind::Softmax, x, axes, Some(out), None, None, None, (Bend::default(), false), exec.level)?.run(exec).map(|_| ())
 }
 
 /// `x − logsumexp(x)` over `axes`.
@@ -29,7 +29,7 @@ pub fn log_softmax(exec: &Exec, x: &Array, axes: &[usize], out: &Out) -> Result<
     if x.size() == 0 {
         return Ok(());
     }
-    Job::new(Kind::LogSoftmax, x, axes, Some(out), None, None, None, Bend::default(), exec.level)?.run(exec).map(|_| ())
+    Job::new(Kind::LogSoftmax, x, axes, Some(out), None, None, None, (Bend::default(), false), exec.level)?.run(exec).map(|_| ())
 }
 
 /// Cross-entropy of logits; the reduced loss, or 0 when the rows go to `rows`. Everything is checked before anything is written.
@@ -45,7 +45,8 @@ pub fn cross_entropy(
     let probs = if let Target::Probs(probs) = target { Some(probs) } else { None };
     let upstream = grad.and_then(|grad| if let GradOutput::Rows(rows) = &grad.grad_output { Some(rows) } else { None });
     let bend = Bend { softcap: options.softcap, mask: options.mask.as_ref() };
-    let mut job = Job::new(Kind::Loss, logits, &[axis], grad.map(|grad| &grad.out), probs, rows, upstream, bend, exec.level)?;
+    let streams = probs.is_some() || options.label_smoothing > 0.0 && options.weight.is_some();
+    let mut job = Job::new(Kind::Loss, logits, &[axis], grad.map(|grad| &grad.out), probs, rows, upstream, (bend, streams), exec.level)?;
     // The targets are read first, by the caller alone.
     let awake = if job.shared(exec) { threads::wake(exec.threads) } else { None };
     job.weight = read_optional(options.weight.as_ref())?;

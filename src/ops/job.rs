@@ -33,6 +33,9 @@ pub(super) fn rows_per_task(rows: usize, classes: usize) -> usize {
     (TASK / classes).max((LONG_TASK / classes).min(rows / 64)).max(1)
 }
 
+/// Bytes of the longest rows beside a dense stream whose vectors run across rows: alone they would cost more by themselves than by their classes.
+const STREAMS: usize = 512;
+
 /// Where results go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stores {
@@ -86,6 +89,7 @@ pub(super) struct Job<'a> {
     pub(super) tile_read: Path,
     pub(super) tile_write: Path,
     pub(super) tile_probs: Path,
+    pub(super) probs_lie_in_rows: bool,
     pub(super) labels: Option<Labels>,
     pub(super) weights: RowWeights,
     pub(super) bend: Bend<'a>,
@@ -123,12 +127,12 @@ impl<'a> Job<'a> {
         self.terms.dense && differs && !self.even()
     }
 
-    /// Whether all classes of a row have the same share of the target beside the sparse ones, which takes no stream.
+    /// Whether all classes of a row that take part have the same share of the target beside the sparse ones, which takes no stream.
     pub(super) fn even(&self) -> bool {
-        self.by_rows && self.terms.dense && self.probs.is_none() && self.weight.is_empty() && !self.bend.is_some()
+        self.by_rows && self.terms.dense && self.probs.is_none() && self.weight.is_empty()
     }
 
-    /// A job without targets. `operands` are out, probs, result and upstream strides, in the logits' axes.
+    /// A job without targets. `operands` are out, probs, result and upstream strides, in the logits' axes. `streams`: there will be a dense stream.
     pub(super) fn new(
         kind: Kind,
         x: &'a Array<'a>,
@@ -137,7 +141,7 @@ impl<'a> Job<'a> {
         probs: Option<&'a Array<'a>>,
         result: Option<&'a Out<'a>>,
         upstream: Option<&'a Array<'a>>,
-        bend: Bend<'a>,
+        (bend, streams): (Bend<'a>, bool),
         level: Level,
     ) -> Result<Self, Error> {
         let shape = x.shape();
@@ -182,13 +186,20 @@ impl<'a> Job<'a> {
         let own = Axes::new(shape, &[strides], axes.iter().copied());
         let size = x.dtype().size() as isize;
         let exotic = !own.is_line();
-        let most = if exotic { columns::BLOCK } else { columns::MOST };
+        let most = if streams {
+            STREAMS / if x.dtype() == DType::F64 { 8 } else { 4 }
+        } else if exotic {
+            columns::BLOCK
+        } else {
+            columns::MOST
+        };
         let by_rows = own.size > most && (exotic || own.inner_stride(0).abs() == size);
         let adjacent = |array: &Array, operand| path(array, operand, &classes, &rows) == Path::Rows;
         let there = adjacent(x, X);
         let direct = there && !bend.is_some();
         let lines = x.is_plain() && classes.is_line() && (classes.size == 1 || classes.inner_stride(X).abs() == size);
         let direct_out = out.is_some_and(|out| adjacent(out.array(), OUT));
+        let probs_lie_in_rows = probs.is_some_and(|probs| adjacent(probs, PROBS));
         let tile_path = |array: &Array, operand| tile_path(array, operand, &classes, &rows);
         let tile_read = tile_path(x, X);
         let tile_write = out.map_or(tile_read, |out| tile_path(out.array(), OUT));
@@ -227,6 +238,7 @@ impl<'a> Job<'a> {
             tile_read,
             tile_write,
             tile_probs,
+            probs_lie_in_rows,
             labels: None,
             weights: RowWeights { all: true, ..RowWeights::default() },
             weight: Vec::new(),

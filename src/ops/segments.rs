@@ -106,7 +106,7 @@ pub(super) fn split<T: Work>(job: &Job, threads: usize, scratch: &mut Scratch, t
             continue;
         }
         let strip = Strip::new(job, kept);
-        let plain = prepare(&strip, tile);
+        let plain = prepare(&strip, tile, &[]);
         let x = || job.x.span::<T>(job.rows.offset(X, row), classes);
         let out = || job.out.map(|out| out.span::<T>(job.rows.offset(OUT, row), classes));
         let none = [Reference { k: 0.0, b: 0.0 }; SEGMENT / BLOCK];

@@ -13,6 +13,7 @@ use crate::simd::{Isa, Kernel, Level, Vector};
 use super::job::{Job, MASK, OUT, PROBS, X};
 use super::plan::Axes;
 use super::scratch::{Buffer, Work, room};
+use super::strip::Strip;
 
 /// What happens to the logits before anything else: they reach the kernels as gathered blocks that are already bent.
 #[derive(Clone, Copy, Default)]
@@ -60,7 +61,11 @@ pub(super) fn capped<T: Work>(level: Level, cap: f64, x: &mut [T], slopes: &mut 
 /// The softcap, if the loops over long rows can do it themselves: of float32, where it is all there is to be done and the exponentials are `kept`, if
 /// there is a gradient.
 pub(super) fn cap<T: Work>(job: &Job, kept: bool) -> Option<Cap<T>> {
-    let fits = T::DTYPE == DType::F32 && job.level != Level::Scalar && kept && job.bend.mask.is_none() && !job.terms.dense;
+    let fits = T::DTYPE == DType::F32
+        && job.level != Level::Scalar
+        && kept
+        && job.bend.mask.is_none()
+        && (!job.terms.dense || job.even() && job.out.is_none());
     job.bend.softcap.filter(|&cap| fits && keeps_its_digits::<T>(cap)).map(Cap::new)
 }
 
@@ -192,7 +197,8 @@ pub(super) fn adjacent_masked<'a, T: Work>(job: &Job<'a>, row: usize) -> Option<
 }
 
 /// Classes `start..` of a row from `x` to `dst`, which may be the same, and `to` for what is under False.
-fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: Span<T>, dst: SpanMut<T>) {
+#[inline(never)]
+pub(super) fn masked<T: Work>(job: &Job, row: usize, start: usize, to: T, x: Span<T>, dst: SpanMut<T>) {
     let Some(array) = job.bend.mask else { return };
     let mut copy = [0_u8; rows::BLOCK];
     for index in (0..x.len()).step_by(rows::BLOCK) {
@@ -265,21 +271,42 @@ pub(super) fn target_slopes(job: &Job, row: usize, slot: usize, slopes: &mut Vec
     }
 }
 
-/// Share of the target that smoothing gives each class of a row: e over the classes that take part, of the sides that do.
-pub(super) fn row_spread(job: &Job, row: usize) -> f64 {
-    if job.spread == 0.0 {
+/// How many of `n` classes from `start` on of a row take part.
+#[inline(never)]
+pub(super) fn kept_classes(job: &Job, row: usize, start: usize, n: usize) -> usize {
+    let Some(mask) = job.bend.mask else { return n };
+    let (mut block, mut count) = ([0_u8; rows::BLOCK], 0);
+    for from in (start..start + n).step_by(rows::BLOCK) {
+        let block = &mut block[..rows::BLOCK.min(start + n - from)];
+        let n = block.len();
+        flags(job, mask, row, from, block, n, 1);
+        // As many as a byte can count.
+        count += block.chunks(255).map(|part| usize::from(part.iter().map(|&kept| u8::from(kept != 0)).sum::<u8>())).sum::<usize>();
+    }
+    count
+}
+
+/// Share of the target that smoothing gives each class of a row: e over the classes that take part, of the sides that do; and their number.
+fn row_spread(job: &Job, row: usize) -> (f64, usize) {
+    let count = kept_classes(job, row, 0, job.classes.size);
+    (spread_over(job, row, count), count)
+}
+
+/// That of each row of a strip; nothing where it is 0.
+pub(super) fn row_spreads(strip: &Strip) -> Vec<(f64, usize)> {
+    if strip.job.spread == 0.0 {
+        return Vec::new();
+    }
+    strip.kept.iter().map(|&row| row_spread(strip.job, row)).collect()
+}
+
+/// Where so many classes take part.
+pub(super) fn spread_over(job: &Job, row: usize, count: usize) -> f64 {
+    if count == 0 {
         return 0.0;
     }
     let spread = job.spread * job.labels.as_ref().map_or(1.0, |labels| labels.kept_share(row));
-    let Some(mask) = job.bend.mask else { return spread };
-    let mut block = [0_u8; rows::BLOCK];
-    let mut count = 0;
-    for start in (0..job.classes.size).step_by(rows::BLOCK) {
-        let n = rows::BLOCK.min(job.classes.size - start);
-        flags(job, mask, row, start, &mut block, n, 1);
-        count += block[..n].iter().filter(|&&kept| kept != 0).count();
-    }
-    spread * job.classes.size as f64 / count as f64
+    if count == job.classes.size { spread } else { spread * job.classes.size as f64 / count as f64 }
 }
 
 /// Reads classes of a row into scratch.
@@ -320,31 +347,66 @@ pub(super) fn scatter<T: Float>(out: &Out, classes: &Axes, base: isize, start: u
     classes.runs(OUT, start, n, |offset, stride, at, count| out.write(base + offset, stride, count, &src[at * step..], step));
 }
 
+/// Whether the dense stream is the probabilities themselves.
+pub(super) fn is_probs(job: &Job) -> bool {
+    job.probs.is_some() && job.keep == 1.0 && job.spread == 0.0 && job.weight.is_empty()
+}
+
+/// That of a row, where it stands: adjacent and of the type that is computed in.
+pub(super) fn adjacent_probs<'a, T: Work>(job: &Job<'a>, row: usize) -> Option<Span<'a, T>> {
+    let probs = job.probs.filter(|probs| is_probs(job) && probs.dtype() == T::DTYPE && job.probs_lie_in_rows)?;
+    Some(probs.span(job.rows.offset(PROBS, row), job.classes.size))
+}
+
 /// The dense stream T = w·(P·(1 − e) + e/C) of classes `start..` of a row, whose [`row_spread`] is `spread`; P = 0 without probabilities.
 pub(super) fn dense_row<T: Work>(job: &Job, row: usize, spread: f64, start: usize, dst: &mut [T]) {
-    let n = dst.len();
-    if let Some(probs) = job.probs {
-        gather(probs, PROBS, &job.classes, job.rows.offset(PROBS, row), start, dst, n, 1);
-        if job.keep == 1.0 && job.spread == 0.0 && job.weight.is_empty() {
-            return;
+    let (n, size) = (dst.len(), job.classes.size);
+    match job.probs {
+        Some(probs) if job.probs_lie_in_rows => {
+            let step = probs.dtype().size();
+            let next = if n == size { job.rows.inner_stride(PROBS) } else { (n * step) as isize };
+            line(job.level, probs, job.rows.offset(PROBS, row) + (start * step) as isize, false, next, dst);
+        }
+        Some(probs) => gather(probs, PROBS, &job.classes, job.rows.offset(PROBS, row), start, dst, n, 1),
+        None => dst.fill(T::ZERO),
+    }
+    if is_probs(job) {
+        return;
+    }
+    let mut kept = [1_u8; rows::BLOCK];
+    for (index, dst) in dst.chunks_mut(rows::BLOCK).enumerate() {
+        let (from, n) = (start + index * rows::BLOCK, dst.len());
+        if let Some(mask) = job.bend.mask {
+            flags(job, mask, row, from, &mut kept, n, 1);
+        }
+        let kept = &kept[..n];
+        if let Some(w) = job.weight.get(from..from + n) {
+            for i in 0..n {
+                let spread = if kept[i] == 0 { 0.0 } else { spread };
+                dst[i] = T::from_f64(w[i] * (dst[i].to_f64() * job.keep + spread));
+            }
+        } else {
+            for i in 0..n {
+                let spread = if kept[i] == 0 { 0.0 } else { spread };
+                dst[i] = T::from_f64(dst[i].to_f64() * job.keep + spread);
+            }
+        }
+    }
+}
+
+/// The same of one class of several rows, whose probabilities are there.
+pub(super) fn dense_column<T: Work>(job: &Job, class: usize, spreads: &[(f64, usize)], kept: Option<&[u8]>, dst: &mut [T]) {
+    let (n, w) = (dst.len(), job.weight.get(class).copied().unwrap_or(1.0));
+    let spreads = &spreads[..n];
+    if let Some(kept) = kept {
+        let kept = &kept[..n];
+        for i in 0..n {
+            let spread = if kept[i] == 0 { 0.0 } else { spreads[i].0 };
+            dst[i] = T::from_f64(w * (dst[i].to_f64() * job.keep + spread));
         }
     } else {
-        dst.fill(T::ZERO);
-    }
-    let w = |i: usize| job.weight.get(start + i).copied().unwrap_or(1.0);
-    let Some(mask) = job.bend.mask else {
-        for (i, t) in dst.iter_mut().enumerate() {
-            *t = T::from_f64(w(i) * (t.to_f64() * job.keep + spread));
-        }
-        return;
-    };
-    let mut kept = [0_u8; rows::BLOCK];
-    for (index, dst) in dst.chunks_mut(rows::BLOCK).enumerate() {
-        let from = index * rows::BLOCK;
-        flags(job, mask, row, start + from, &mut kept, dst.len(), 1);
-        for (i, t) in dst.iter_mut().enumerate() {
-            let spread = if kept[i] == 0 { 0.0 } else { spread };
-            *t = T::from_f64(w(from + i) * (t.to_f64() * job.keep + spread));
+        for i in 0..n {
+            dst[i] = T::from_f64(w * (dst[i].to_f64() * job.keep + spreads[i].0));
         }
     }
 }

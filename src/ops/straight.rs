@@ -82,7 +82,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, threads: usize, scratch: &mut Scratc
     let Strip { job, kept, .. } = *strip;
     let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
     let (tile, Buffers { running, sums, .. }, _) = T::buffers(scratch);
-    let plain = prepare(strip, tile);
+    let plain = prepare(strip, tile, &[]);
     let x = || job.x.columns::<T>(job.rows.offset(X, kept[0]), job.classes.inner_stride(X), classes, n);
     let origin = |class: usize, step: isize| {
         let stride = job.classes.inner_stride(X);
