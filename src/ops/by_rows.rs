@@ -34,8 +34,9 @@ const LEAST: [usize; 3] = [64, 32, 16];
 /// Bytes of the longest short rows of several blocks: with longer ones what is read ahead would leave L1 before it is used, and a row costs little by itself.
 const SHORT: usize = 16 << 10;
 
-/// Bytes of exponentials of long rows that are kept in scratch, where they cannot be kept in the result: part of L2.
-const KEPT: usize = 256 << 10;
+/// Bytes of exponentials of a long row that are kept in scratch, where they cannot be kept in the result: even from the last cache they come sooner than
+/// they are computed again.
+const KEPT: usize = 2 << 20;
 
 /// Rows `first..last`; their losses are added to `total`.
 pub(super) fn run<T: Work>(job: &Job, first: usize, last: usize, scratch: &mut Scratch, total: &mut Total) {
