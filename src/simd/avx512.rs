@@ -102,14 +102,26 @@ impl Isa for Avx512 {
     unsafe fn store_bf16(self, v: F32x16, dst: *mut u16) {
         // SAFETY: the token proves AVX-512 F; the caller promises sixteen writable elements.
         unsafe {
-            // In integers, because the conversion of AVX512_BF16 flushes subnormals. A carry out of the mantissa is the right rounding.
-            let bits = _mm512_castps_si512(v.0);
-            let high = _mm512_srli_epi32::<16>(bits);
-            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd));
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v.0, v.0);
-            let words = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
-            _mm256_storeu_si256(dst.cast(), _mm512_cvtepi32_epi16(words));
+            // In integers, because the conversion of AVX512_BF16 flushes subnormals. A carry out of the mantissa is the right rounding, but not of NaN.
+            const HIGH: [i16; 32] = {
+                let mut high = [0; 32];
+                let mut i = 0;
+                while i < 16 {
+                    high[i] = 2 * i as i16 + 1;
+                    i += 1;
+                }
+                high
+            };
+            // Its sign, and nothing else of it: (v and sign) or quiet.
+            let (sign, quiet) = (_mm512_set1_epi32(i32::MIN), _mm512_set1_epi32(0x7fc0_0000));
+            let nan = _mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0xf8>(quiet, _mm512_castps_si512(v.0), sign));
+            // That for both kinds of NaN, everything else as it is.
+            let bits = _mm512_castps_si512(_mm512_fixupimm_ps::<0>(nan, v.0, _mm512_set1_epi32(0x1111_1100)));
+            let odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x1_0000));
+            let rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+            let rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+            let words = _mm512_permutexvar_epi16(_mm512_loadu_si512(HIGH.as_ptr().cast()), rounded);
+            _mm256_storeu_si256(dst.cast(), _mm512_castsi512_si256(words));
         }
     }
     #[inline(always)]
