@@ -265,8 +265,8 @@ fn floor<S: Isa, T: Summand>(isa: S, scale: f64, max: Vf<S, T>, b: Vf<S, T>) -> 
     (origin::<S, T>(isa, max) - b) - splat::<S, T>(isa, T::CLAMP.to_f64() / scale)
 }
 
-/// Classes that are added to an accumulator in the type of the logits. Equal ones round the same way at each addition, and sixteen took a loss out of
-/// its 4 ULP.
+/// Products of a dense stream that are added to an accumulator in the type of the logits. Equal ones round the same way at each addition, and sixteen
+/// took a loss out of its 4 ULP.
 const ADDITIONS: usize = 8;
 
 /// Adds the exponentials of a block to a state whose maximum knows of it.
