@@ -373,6 +373,36 @@ def test_bent_logits_of_few_classes(level, dtype, classes, axis, cap):
         np.testing.assert_allclose(grad.astype(F64), slope, rtol=8 * eps(dtype), atol=8 * eps(single) + 8 * lost)
 
 
+@pytest.mark.parametrize("classes", [33, 64, 65, 128, 129, 1000, 1025, 2100, 4100])
+@pytest.mark.parametrize("cap", [None, 20.0])
+def test_smoothing_of_bent_rows(level, dtype, classes, cap):
+    """Of one block and of several, whose maxima grow, fall, or stay the same; some of which take no part at all."""
+    rng = np.random.default_rng(classes)
+    x = rng.normal(0, 2, (12, classes))
+    x[:4] += np.linspace(0, 5, classes)
+    x[4:8] -= np.linspace(0, 5, classes)
+    x = np.round(x * 8).clip(-60, 60) / 8 if dtype in (F16, BF16) else x
+    x = x.astype(dtype)
+    x[11, 3] = -INF
+    y = rng.integers(0, classes, 12)
+    y[2] = -100
+    each = rng.random((12, classes)) < 0.8
+    each[5, : classes // 2] = each[6, classes // 2 :] = False
+    each[11, 3] = True
+    single = F64 if dtype == F64 else F32
+    for where in (None, each, each[:1]):
+        options = {"reduction": "none", "label_smoothing": 0.1, "softcap": cap, "where": where}
+        loss, grad = ce.cross_entropy_with_grad(x, y, **options)
+        same(loss, ce.cross_entropy(x, y, **options))
+        own = x.copy()
+        same(loss, ce.cross_entropy_with_grad(own, y, out=own, **options)[0])
+        same(own, grad)
+        exact, slope = reference.cross_entropy_with_grad(x.astype(F64), y, **options)
+        lost = 0.0 if cap is None else 8 * eps(single) * cap
+        np.testing.assert_allclose(loss, exact, rtol=8 * eps(single), atol=lost)
+        np.testing.assert_allclose(grad.astype(F64), slope, rtol=8 * eps(dtype), atol=8 * eps(single) + 8 * lost)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rows_of_weight_0_are_not_read(level, dtype, axis):
     """Neither their logits nor their targets, which may be no classes at all."""
