@@ -7,7 +7,7 @@ use crate::simd::Level;
 
 use super::job::MASK;
 use super::scratch::{Buffer, Work, room};
-use super::source::{capped, flags, row_spreads, spread_over};
+use super::source::{Spread, capped, flags, spreads};
 use super::strip::Strip;
 
 /// How the logits of a tile were bent: the slopes of the softcap, and the mask, as in the tile.
@@ -23,8 +23,8 @@ impl<T: Work> Bent<T> {
         let (job, rows) = (strip.job, strip.kept.len());
         let x = &mut x[..count * stride];
         if let Some(cap) = job.bend.softcap {
-            let slopes = room(&mut self.slopes, if gradient { x.len() } else { 0 });
-            let slopes = &mut slopes[..if gradient { x.len() } else { 0 }];
+            let kept = if gradient { x.len() } else { 0 };
+            let slopes = &mut room(&mut self.slopes, kept)[..kept];
             // The kept rows of each class, all at once where nothing lies between.
             let (step, len) = if rows == stride { (x.len(), x.len()) } else { (stride, rows) };
             for start in (0..x.len()).step_by(step.max(1)) {
@@ -81,16 +81,16 @@ impl Truth {
         strip.job.bend.mask.map(|_| &self.0[c * stride..][..strip.kept.len()])
     }
 
-    /// As [`row_spreads`], of a tile that has all classes.
-    pub(super) fn spreads(&self, strip: &Strip, stride: usize) -> Vec<(f64, usize)> {
+    /// As [`spreads`], of a tile that has all classes.
+    pub(super) fn spreads(&self, strip: &Strip, stride: usize) -> Vec<Spread> {
         let Strip { job, kept, .. } = *strip;
         if job.bend.mask.is_none() || job.spread == 0.0 {
-            return row_spreads(strip);
+            return spreads(strip);
         }
         let mut counts = [0_u32; WIDTH];
         for line in (0..job.classes.size).filter_map(|c| self.line(strip, c, stride)) {
             counts.iter_mut().zip(line).for_each(|(count, &kept)| *count += u32::from(kept != 0));
         }
-        kept.iter().zip(counts).map(|(&row, count)| (spread_over(job, row, count as usize), count as usize)).collect()
+        kept.iter().zip(counts).map(|(&row, count)| Spread::over(job, row, count as usize)).collect()
     }
 }

@@ -13,7 +13,7 @@ use super::few;
 use super::job::{Job, Kind, PROBS, X};
 use super::plan::Path;
 use super::scratch::{Buffer, Buffers, Scratch, Work, room};
-use super::source::{dense_column, is_probs, row_spreads, shared_stream, unbend_patches};
+use super::source::{Spread, dense_column, is_probs, shared_stream, spreads, unbend_patches};
 use super::straight::{self, Land, Take};
 use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets, weighed};
 use super::tiles::LANES;
@@ -66,7 +66,7 @@ struct Operands<'s, 'j, 'a, T> {
     flat: &'s mut Buffer<T>,
     bent: &'s mut Bent<T>,
     /// What smoothing gives each class of a row, where every row has a dense stream of its own, and the first row that is being filled.
-    spreads: Vec<(f64, usize)>,
+    spreads: Vec<Spread>,
     from: usize,
     /// The logits of the sparse targets, as in the tile, once their blocks were filled.
     x_target: Vec<f64>,
@@ -96,7 +96,7 @@ impl<T: Work> Operands<'_, '_, '_, T> {
         }
         let n = strip.kept.len();
         if self.spreads.is_empty() {
-            self.spreads.resize(self.strip.kept.len(), (0.0, 0));
+            self.spreads.resize(self.strip.kept.len(), Spread::default());
         }
         let spreads = &self.spreads[self.from..];
         for (c, line) in dense.chunks_mut(stride).enumerate().take(count) {
@@ -218,7 +218,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
     if few {
         operands.x(strip, x, (0, classes), job.out.is_some());
     }
-    operands.spreads = if few { operands.bent.mask.spreads(strip, stride) } else { row_spreads(strip) };
+    operands.spreads = if few { operands.bent.mask.spreads(strip, stride) } else { spreads(strip) };
     if few && own {
         operands.dense(strip, dense, (0, classes));
     }

@@ -18,7 +18,7 @@ use super::results::{Results, Set, To, clear, patch, unbend_and_write};
 use super::scratch::{Buffers, Scratch, Work, room};
 use super::segments;
 use super::source::{
-    self, adjacent_masked, adjacent_probs, dense_row, kept_classes, logits, logits_and_slopes, masked, row_spreads, shared_stream,
+    self, Spread, adjacent_masked, adjacent_probs, dense_row, kept_classes, logits, logits_and_slopes, masked, shared_stream, spreads,
     target_slopes, unbend_patches, unbent,
 };
 use super::strip::{Finish, Strip, Total, collect, ignored, prepare, settle, targets};
@@ -110,7 +110,7 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
     let (classes, n) = (job.classes.size, kept.len());
     let mut offsets = core::mem::take(&mut scratch.offsets);
     let (tile, Buffers { x: copy, slope, block, .. }, references) = T::buffers(scratch);
-    let spreads = row_spreads(strip);
+    let spreads = spreads(strip);
     let plain = prepare(strip, tile, &spreads);
     let Way { direct, store, in_result, at_once } = Way::of::<T>(job);
     let [here, there, local] = &mut offsets;
@@ -243,7 +243,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
     let (classes, n, scale) = (job.classes.size, kept.len(), job.terms.scale);
     let blocks = classes.div_ceil(BLOCK);
     let (tile, Buffers { x: copy, dense, shared, block, slope: slopes, exponentials, .. }, references) = T::buffers(scratch);
-    let spreads = row_spreads(strip);
+    let spreads = spreads(strip);
     let plain = prepare(strip, tile, &spreads);
     let terms = Terms { plain, ..job.terms };
     let mut way = Way::of::<T>(job);
@@ -300,7 +300,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
     let (single, level) = (T::DTYPE == DType::F32, job.level);
     let mut slopes_at = Vec::new();
     for (slot, &row) in kept.iter().enumerate() {
-        let (spread, _) = spreads.get(slot).copied().unwrap_or_default();
+        let Spread { share: spread, .. } = spreads.get(slot).copied().unwrap_or_default();
         let (own_slopes, bent) =
             if capped { (&mut slopes[slot * classes..][..classes], &mut [][..]) } else { (&mut [][..], &mut slopes[..]) };
         // Before exponentials may take the place of the logits; those of the first caches are read twice.
@@ -408,7 +408,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             results.read::<T>(Rows::single(Span::of(&[])), Some(HalfRows::single(half)), Span::of(&[]), &[], dst);
             continue;
         }
-        let (spread, _) = spreads.get(slot).copied().unwrap_or_default();
+        let Spread { share: spread, .. } = spreads.get(slot).copied().unwrap_or_default();
         for index in 0..blocks {
             let start = index * BLOCK;
             let count = BLOCK.min(classes - start);
@@ -502,14 +502,14 @@ fn set_distances(tile: &mut Tile, slot: usize, (sum, at): (f64, usize)) {
 }
 
 /// From distances to what a stream would have left, where all classes have the same share of the target.
-fn share_evenly(strip: &Strip, tile: &mut Tile, spreads: &[(f64, usize)]) {
+fn share_evenly(strip: &Strip, tile: &mut Tile, spreads: &[Spread]) {
     if strip.job.even() {
-        for (slot, &(share, count)) in spreads.iter().enumerate() {
+        for (slot, &Spread { share, classes }) in spreads.iter().enumerate() {
             tile.share[slot] = share;
             // A share of nothing of an infinite distance is nothing.
             tile.lin[slot] = if share == 0.0 { 0.0 } else { share * tile.lin[slot] };
             tile.t_top[slot] = share * tile.ties[slot];
-            tile.t_rest[slot] = share * (count as f64 - tile.ties[slot]);
+            tile.t_rest[slot] = share * (classes as f64 - tile.ties[slot]);
         }
     }
 }

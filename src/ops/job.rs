@@ -181,8 +181,8 @@ impl<'a> Job<'a> {
         ]);
         let classes = Axes::new(shape, &present_classes(&present, bend.mask.is_some()), axes.iter().copied());
         let rows = Axes::new(shape, &present, (0..ndim).filter(|axis| !axes.contains(axis)));
-        // Only the logits decide on the arithmetic of a row, and neither the number of rows nor where they lie: a class axis that is a line of
-        // adjacent elements, or no line at all, is read along the classes, unless they are few.
+        // Only the logits and the kind of target decide on the arithmetic of a row, and neither the number of rows nor where they lie: a class axis that
+        // is a line of adjacent elements, or no line at all, is read along the classes, unless they are few.
         let own = Axes::new(shape, &[strides], axes.iter().copied());
         let size = x.dtype().size() as isize;
         let exotic = !own.is_line();

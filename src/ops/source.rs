@@ -286,27 +286,36 @@ pub(super) fn kept_classes(job: &Job, row: usize, start: usize, n: usize) -> usi
     count
 }
 
-/// Share of the target that smoothing gives each class of a row: e over the classes that take part, of the sides that do; and their number.
-fn row_spread(job: &Job, row: usize) -> (f64, usize) {
-    let count = kept_classes(job, row, 0, job.classes.size);
-    (spread_over(job, row, count), count)
+/// What smoothing makes of the target of a row.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Spread {
+    /// Share of each class that takes part: e over their number, of the sides that do.
+    pub(super) share: f64,
+    /// Classes that take part.
+    pub(super) classes: usize,
 }
 
-/// That of each row of a strip; nothing where it is 0.
-pub(super) fn row_spreads(strip: &Strip) -> Vec<(f64, usize)> {
-    if strip.job.spread == 0.0 {
+impl Spread {
+    /// Where so many classes take part.
+    pub(super) fn over(job: &Job, row: usize, classes: usize) -> Self {
+        let mut share = 0.0;
+        if classes > 0 {
+            share = job.spread * job.labels.as_ref().map_or(1.0, |labels| labels.kept_share(row));
+        }
+        if classes < job.classes.size && classes > 0 {
+            share *= job.classes.size as f64 / classes as f64;
+        }
+        Self { share, classes }
+    }
+}
+
+/// That of each row of a strip; nothing where nothing is smoothed.
+pub(super) fn spreads(strip: &Strip) -> Vec<Spread> {
+    let Strip { job, kept, .. } = *strip;
+    if job.spread == 0.0 {
         return Vec::new();
     }
-    strip.kept.iter().map(|&row| row_spread(strip.job, row)).collect()
-}
-
-/// Where so many classes take part.
-pub(super) fn spread_over(job: &Job, row: usize, count: usize) -> f64 {
-    if count == 0 {
-        return 0.0;
-    }
-    let spread = job.spread * job.labels.as_ref().map_or(1.0, |labels| labels.kept_share(row));
-    if count == job.classes.size { spread } else { spread * job.classes.size as f64 / count as f64 }
+    kept.iter().map(|&row| Spread::over(job, row, kept_classes(job, row, 0, job.classes.size))).collect()
 }
 
 /// Reads classes of a row into scratch.
@@ -358,7 +367,7 @@ pub(super) fn adjacent_probs<'a, T: Work>(job: &Job<'a>, row: usize) -> Option<S
     Some(probs.span(job.rows.offset(PROBS, row), job.classes.size))
 }
 
-/// The dense stream T = w·(P·(1 − e) + e/C) of classes `start..` of a row, whose [`row_spread`] is `spread`; P = 0 without probabilities.
+/// The dense stream T = w·(P·(1 − e) + e/C) of classes `start..` of a row, whose smoothed classes have `spread`; P = 0 without probabilities.
 pub(super) fn dense_row<T: Work>(job: &Job, row: usize, spread: f64, start: usize, dst: &mut [T]) {
     let (n, size) = (dst.len(), job.classes.size);
     match job.probs {
@@ -395,18 +404,18 @@ pub(super) fn dense_row<T: Work>(job: &Job, row: usize, spread: f64, start: usiz
 }
 
 /// The same of one class of several rows, whose probabilities are there.
-pub(super) fn dense_column<T: Work>(job: &Job, class: usize, spreads: &[(f64, usize)], kept: Option<&[u8]>, dst: &mut [T]) {
+pub(super) fn dense_column<T: Work>(job: &Job, class: usize, spreads: &[Spread], kept: Option<&[u8]>, dst: &mut [T]) {
     let (n, w) = (dst.len(), job.weight.get(class).copied().unwrap_or(1.0));
     let spreads = &spreads[..n];
     if let Some(kept) = kept {
         let kept = &kept[..n];
         for i in 0..n {
-            let spread = if kept[i] == 0 { 0.0 } else { spreads[i].0 };
+            let spread = if kept[i] == 0 { 0.0 } else { spreads[i].share };
             dst[i] = T::from_f64(w * (dst[i].to_f64() * job.keep + spread));
         }
     } else {
         for i in 0..n {
-            dst[i] = T::from_f64(w * (dst[i].to_f64() * job.keep + spreads[i].0));
+            dst[i] = T::from_f64(w * (dst[i].to_f64() * job.keep + spreads[i].share));
         }
     }
 }

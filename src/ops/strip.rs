@@ -7,6 +7,7 @@ use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::job::{Job, Kind, OUT, RESULT, UPSTREAM};
 use super::plan::Path;
+use super::source::Spread;
 use super::targets::NONE;
 
 /// Rows that are worked on together.
@@ -248,7 +249,7 @@ pub(super) fn targets(strip: &Strip, mut with: impl FnMut(usize, usize, usize)) 
 }
 
 /// Fills the inputs of `finish` that do not depend on the logits, unless they are the same for every row. `spreads`: what smoothing gives the classes.
-pub(super) fn prepare(strip: &Strip, tile: &mut Tile, spreads: &[(f64, usize)]) -> Option<Plain> {
+pub(super) fn prepare(strip: &Strip, tile: &mut Tile, spreads: &[Spread]) -> Option<Plain> {
     let Strip { job, kept, .. } = *strip;
     let (n, entries) = (kept.len(), job.terms.entries);
     tile.reserve(n, entries);
@@ -268,7 +269,7 @@ pub(super) fn prepare(strip: &Strip, tile: &mut Tile, spreads: &[(f64, usize)]) 
             tile.mass_all[j * APART + slot] = 0.0;
             tile.x_target[j * APART + slot] = 0.0;
         }
-        let (spread, _) = spreads.get(slot).copied().unwrap_or_default();
+        let Spread { share: spread, .. } = spreads.get(slot).copied().unwrap_or_default();
         for (j, class, share) in labels.row(row) {
             let w = job.weight.get(class).copied().unwrap_or(1.0);
             let mass = share * job.keep * w;
