@@ -19,7 +19,7 @@ use super::input::ask;
 use super::math::{apart, polynomial};
 use super::real::Real;
 use super::scan::BLOCK;
-use super::scan::{Constants, Lanes, Raised, Softmax, ln_1p, stretch};
+use super::scan::{Constants, Near, Raised, Softmax, ln_1p, stretch};
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 
 /// |t| up to which φ is a polynomial, in the range of `Real::EXPM1`. Beyond, e^(−t) − 1 + t loses four bits at most.
@@ -214,13 +214,14 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
     fn sum(&mut self, constants: &Constants<S, T>, x: [Span<T>; 2], next: [Option<Span<T>>; 2]) -> bool {
         let isa = constants.isa;
         (self.p.known, self.q.known) = (None, None);
-        if !(self.p.near() && self.q.near()) {
+        if !(self.p.is_near() && self.q.is_near()) {
             return false;
         }
         // Without one, P or Q has no mass yet.
         let (d, c) = if self.d.value().is_finite() { (self.d, self.factor(constants.scale)) } else { (Pair::default(), 0.0) };
         let hi = T::from_f64(d.hi);
         let shift = Shift { hi: Vf::<S, T>::splat(isa, hi), lo: splat::<S, T>(isa, (d.hi - hi.to_f64()) + d.lo), c: splat::<S, T>(isa, c) };
+        let at = [self.p.near(constants), self.q.near(constants)];
         let ahead = if let [Some(p), Some(q)] = next { Some([p, q]) } else { None };
         let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
         let mut tops = [lowest; 2];
@@ -230,7 +231,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
             let n = stretch::<S, T>(2).min(x[0].len() - from);
             let part = [x[0].part(from, n), x[1].part(from, n)];
             let after = ahead.map_or(part, |[p, q]| [p.part(from, n), q.part(from, n)]);
-            let sums = pass(constants, [&self.p.at, &self.q.at], &shift, part, after);
+            let sums = pass(constants, &at, &shift, part, after);
             tops = [sums.next[0].max(tops[0]), sums.next[1].max(tops[1])];
             overflow |= sums.gap.eq(-lowest).any() || sums.tilt.abs().eq(-lowest).any();
             T::add(isa, &mut self.p.rest, sums.rest[0]);
@@ -265,7 +266,7 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
 
     /// KL(P‖Q), and what its gradient needs.
     #[inline(always)]
-    pub fn finish(&self, constants: &Constants<S, T>) -> (f64, Slope<S, T>) {
+    pub fn finish(&self, constants: &Constants<S, T>) -> (f64, Slope) {
         let scale = constants.scale;
         let (p_total, q_total) = (self.p.total(), self.q.total());
         let [p, q] = self.masses([self.p.ties, self.q.ties]);
@@ -284,9 +285,11 @@ impl<S: Isa, T: Summand> Divergence<S, T> {
         let top = if p_total.arg == q_total.arg { Some((r - s) / ((1.0 + r) * (1.0 + s))) } else { None };
         let slope = Slope {
             at: [&self.p, &self.q].map(|row| {
+                let Reference { k, b } = row.reference;
+                let m = row.max.to_f64();
+                let above = if m.is_finite() { m - b } else { 0.0 };
                 // Relative to the maximum rather than far above the smallest numbers: the factors of the gradient may be small.
-                let bias = T::BIAS.to_f64() - 1.0;
-                Lanes { k: row.at.k + splat::<S, T>(constants.isa, bias), ..row.at }
+                Place { k: k + T::BIAS.to_f64() - 1.0, b, floor: above - T::CLAMP.to_f64() / scale }
             }),
             inverse: [p, q].map(|mass| 2.0_f64.powi(T::BIAS.to_f64() as i32 - 1) / mass),
             valid: p_total.valid && q_total.valid,
@@ -334,10 +337,18 @@ impl Careful {
     }
 }
 
+/// What exponentials are relative to; below the floor they are zero.
+#[derive(Clone, Copy)]
+struct Place {
+    k: f64,
+    b: f64,
+    floor: f64,
+}
+
 /// What the gradient q − p of a row needs.
 #[derive(Clone, Copy)]
-pub struct Slope<S: Isa, T: Float> {
-    at: [Lanes<Vf<S, T>>; 2],
+pub struct Slope {
+    at: [Place; 2],
     inverse: [f64; 2],
     /// Whether both rows have a softmax; the gradient is NaN otherwise.
     pub valid: bool,
@@ -345,13 +356,15 @@ pub struct Slope<S: Isa, T: Float> {
     pub top: Option<(usize, f64)>,
 }
 
-impl<S: Isa, T: Real> Slope<S, T> {
+impl Slope {
     /// Writes `g·(q − p)` for a block of classes; `dst` may be where Q stands.
     #[inline(always)]
-    pub fn emit<O: Element<Acc = T>>(&self, constants: &Constants<S, T>, x: [Span<T>; 2], g: f64, dst: SpanMut<O>) {
+    pub fn emit<S: Isa, T: Real, O: Element<Acc = T>>(&self, constants: &Constants<S, T>, x: [Span<T>; 2], g: f64, dst: SpanMut<O>) {
         let isa = constants.isa;
         let step = Vf::<S, T>::LANES;
         let a = self.inverse.map(|inverse| splat::<S, T>(isa, if self.valid { g * inverse } else { f64::NAN }));
+        let [k, b, floor] =
+            [|at: &Place| at.k, |at: &Place| at.b, |at: &Place| at.floor].map(|of| [0, 1].map(|j| splat::<S, T>(isa, of(&self.at[j]))));
         let fill = T::NEG_INF;
         let len = x[0].len();
         let mut i = 0;
@@ -360,7 +373,7 @@ impl<S: Isa, T: Real> Slope<S, T> {
             let mut e = [a[0]; 2];
             for j in 0..2 {
                 let v = if n == step { x[j].load(isa, i) } else { x[j].load_partial(isa, i, n, fill) };
-                e[j] = constants.exp.exp2(self.at[j].floor.max(v - self.at[j].b), self.at[j].k) * a[j];
+                e[j] = constants.exp.exp2(floor[j].max(v - b[j]), k[j]) * a[j];
             }
             if n == step {
                 dst.store(isa, i, e[1] - e[0]);
@@ -376,7 +389,7 @@ impl<S: Isa, T: Real> Slope<S, T> {
 #[inline(always)]
 fn pass<S: Isa, T: Real>(
     constants: &Constants<S, T>,
-    at: [&Lanes<Vf<S, T>>; 2],
+    at: &[Near<Vf<S, T>>; 2],
     shift: &Shift<Vf<S, T>>,
     x: [Span<T>; 2],
     next: [Span<T>; 2],
@@ -423,7 +436,7 @@ fn pass<S: Isa, T: Real>(
 #[inline(always)]
 fn add<S: Isa, T: Real>(
     constants: &Constants<S, T>,
-    at: [&Lanes<Vf<S, T>>; 2],
+    at: &[Near<Vf<S, T>>; 2],
     shift: &Shift<Vf<S, T>>,
     x: [Vf<S, T>; 2],
     next: [Vf<S, T>; 2],
@@ -439,7 +452,7 @@ fn add<S: Isa, T: Real>(
 #[inline(never)]
 fn add_apart<S: Isa, T: Real>(
     constants: &Constants<S, T>,
-    at: [&Lanes<Vf<S, T>>; 2],
+    at: &[Near<Vf<S, T>>; 2],
     shift: &Shift<Vf<S, T>>,
     x: [Vf<S, T>; 2],
     next: [Vf<S, T>; 2],
@@ -451,7 +464,7 @@ fn add_apart<S: Isa, T: Real>(
 #[inline(always)]
 fn add_here<S: Isa, T: Real>(
     constants: &Constants<S, T>,
-    at: [&Lanes<Vf<S, T>>; 2],
+    at: &[Near<Vf<S, T>>; 2],
     shift: &Shift<Vf<S, T>>,
     [p, q]: [Vf<S, T>; 2],
     next: [Vf<S, T>; 2],
@@ -461,7 +474,7 @@ fn add_here<S: Isa, T: Real>(
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
     // In this order a NaN is passed over; it comes back through the sums.
     sums.next = [next[0].max(sums.next[0]), next[1].max(sums.next[1])];
-    let (e, f) = (at[0].near.exp2(p), at[1].near.exp2(q));
+    let (e, f) = (at[0].at.exp2(p), at[1].at.exp2(q));
     sums.rest[0] = sums.rest[0].add_where(p.ne(at[0].top), e);
     sums.rest[1] = sums.rest[1].add_where(q.ne(at[1].top), f);
     // p − q and what its rounding lost, which is NaN beside an infinity.

@@ -32,27 +32,21 @@ impl<S: Isa, T: Real> Constants<S, T> {
 
     #[inline(always)]
     fn lanes(&self, reference: Reference, max: T) -> Lanes<Vf<S, T>> {
-        let m = max.to_f64();
-        let above = if m.is_finite() { m - reference.b } else { 0.0 };
-        let k = splat::<S, T>(self.isa, reference.k);
-        Lanes {
-            near: self.exp.anchor(k),
-            k,
-            b: splat::<S, T>(self.isa, reference.b),
-            floor: splat::<S, T>(self.isa, above - T::CLAMP.to_f64() / self.scale),
-            top: splat::<S, T>(self.isa, m),
-        }
+        Lanes { steps: self.exp.anchor_parts(splat::<S, T>(self.isa, reference.k)), top: Vf::<S, T>::splat(self.isa, max) }
     }
 }
 
-/// A reference and a maximum as vectors: everything below `floor` is zero.
+/// A reference and a maximum as vectors.
 #[derive(Clone, Copy)]
 pub(super) struct Lanes<V: Vector> {
-    /// Exponentials where b is 0.
-    pub(super) near: Anchored<V>,
-    pub(super) k: V,
-    pub(super) b: V,
-    pub(super) floor: V,
+    /// Of the exponentials where b is 0: what differs from row to row.
+    steps: (V, V),
+    pub(super) top: V,
+}
+
+/// What a block is summed with.
+pub(super) struct Near<V: Vector> {
+    pub(super) at: Anchored<V>,
     pub(super) top: V,
 }
 
@@ -145,8 +139,14 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
 
     /// Whether the exponentials of the block can be taken of x itself.
     #[inline(always)]
-    pub(super) fn near(&self) -> bool {
+    pub(super) fn is_near(&self) -> bool {
         self.reference.b == 0.0 && self.max < T::MAX
+    }
+
+    #[inline(always)]
+    pub(super) fn near(&self, constants: &Constants<S, T>) -> Near<Vf<S, T>> {
+        let (magic, floor) = self.at.steps;
+        Near { at: constants.exp.anchored(magic, floor), top: self.at.top }
     }
 
     /// Σ exp without the maxima.
@@ -242,11 +242,12 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             self.spread_extra.merge(weight);
         }
         // Portable code is there to be right, not to be large. Below −inf there is nothing, and nothing can be taken from it.
-        if S::LEVEL == Level::Scalar || !self.softmax.near() || self.softmax.max == T::NEG_INF {
+        if S::LEVEL == Level::Scalar || !self.softmax.is_near() || self.softmax.max == T::NEG_INF {
             let Softmax { max, reference, ref mut rest_extra, .. } = self.softmax;
             careful(x, max.to_f64(), reference, rest_extra, SPREAD.then_some(&mut self.spread_extra));
             return top;
         }
+        let at = self.softmax.near(constants);
         let mut next_top = Vf::<S, T>::splat(isa, T::NEG_INF);
         let mut from = 0;
         while from < x.len() {
@@ -255,9 +256,9 @@ impl<S: Isa, T: Summand> Scan<S, T> {
             // Without a successor it looks at itself, and the answer is not used.
             let ahead = next.map_or(part, |next| next.part(from, n));
             let sums = if reached {
-                pass::<S, T, SPREAD, true>(isa, &self.softmax.at, part, ahead)
+                pass::<S, T, SPREAD, true>(isa, &at, part, ahead)
             } else {
-                pass::<S, T, SPREAD, false>(isa, &self.softmax.at, part, ahead)
+                pass::<S, T, SPREAD, false>(isa, &at, part, ahead)
             };
             next_top = sums.next.max(next_top);
             T::add(isa, &mut self.softmax.rest, sums.rest);
@@ -318,7 +319,7 @@ struct Sums<V> {
 /// The exponentials of a few classes, and the maximum of those that come after them in the same loop: memory is read in one unbroken stream. TOP: the
 /// maximum of the row may be among them, and stays out of the sum.
 #[inline(always)]
-fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Lanes<Vf<S, T>>, x: Span<T>, next: Span<T>) -> Sums<Vf<S, T>> {
+fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Near<Vf<S, T>>, x: Span<T>, next: Span<T>) -> Sums<Vf<S, T>> {
     let step = Vf::<S, T>::LANES;
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
     // Where registers are few, two accumulators and one for the maximum: the constants need them more.
@@ -354,15 +355,10 @@ fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Lanes
 }
 
 #[inline(always)]
-fn add<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(
-    at: &Lanes<Vf<S, T>>,
-    v: Vf<S, T>,
-    rest: &mut Vf<S, T>,
-    spread: &mut Vf<S, T>,
-) {
+fn add<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(at: &Near<Vf<S, T>>, v: Vf<S, T>, rest: &mut Vf<S, T>, spread: &mut Vf<S, T>) {
     // 0·log 0 = 0, also for a class of −inf: what is far below the maximum is as good as the floor.
-    let v = at.near.raised(v);
-    let (p, q) = at.near.parts_above(v);
+    let v = at.at.raised(v);
+    let (p, q) = at.at.parts_above(v);
     // Unordered: a NaN is not the maximum and so reaches the sum.
     *rest = if TOP { rest.fma_where(v.ne(at.top), p, q) } else { p.mul_add(q, *rest) };
     if SPREAD {
