@@ -250,6 +250,29 @@ def test_minus_infinity_at_the_target(dtype, classes):
         assert np.isposinf(ce.cross_entropy(x, y, reduction=reduction))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("classes", [2, 10, 65, 1000, 1030, 5000, 140_000])
+def test_classes_without_a_share_have_exactly_none(dtype, classes, order):
+    """Whatever multiplies it: what is far below the maximum is 0, not something small."""
+    large = {2: 6e4, 4: 1e37, 8: 1e150}[dtype.itemsize]
+    rows = 3 if classes > 10_000 else 20
+    x = np.full((rows, classes), -INF)
+    x[1::2] = -65_000
+    top = np.arange(rows) * 7 % classes
+    x[np.arange(rows), top] = 1.5
+    x = np.asarray(x.astype(dtype), order=order)
+    onehot = np.arange(classes) == top[:, None]
+    assert np.array_equal(ce.softmax(x).astype(np.float64), onehot)
+    assert not ce.log_softmax(x)[onehot].any()
+    for options in ({}, {"weight": np.full(classes, large)}, {"sample_weight": np.full(rows, large)}):
+        loss, grad = ce.cross_entropy_with_grad(x, top, reduction="none", grad_output=large, **options)
+        assert not loss.any(), options
+        assert not grad.any(), options
+        assert not ce.cross_entropy(x, top, reduction="none", **options).any(), options
+        loss, grad = ce.cross_entropy_with_grad(x, (top + 1) % classes, reduction="none", grad_output=large)
+        assert np.array_equal(grad != 0, onehot | np.roll(onehot, 1, axis=1))
+
+
 @pytest.mark.parametrize("bad", ["all -inf", "inf", "two inf", "nan", "nan and inf", "nan and -inf"])
 @pytest.mark.parametrize("classes", [1, 2, 3, 10, 65, 1030])
 def test_rows_without_a_distribution(dtype, classes, bad):

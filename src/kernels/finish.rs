@@ -48,6 +48,8 @@ pub struct Tile {
     pub a: Vec<f64>,
     /// The gradient at a lone maximum. Of probabilities: those above it are 1.
     pub top: Vec<f64>,
+    /// What the results of a column are multiplied by in the end, where its coefficients are high.
+    pub lift: Vec<f64>,
     /// Logit of sparse target j of row r at `j * APART + r`.
     pub x_target: Vec<f64>,
     /// Its mass.
@@ -91,6 +93,7 @@ impl Tile {
             &mut self.loss,
             &mut self.a,
             &mut self.top,
+            &mut self.lift,
         ] {
             if v.len() < rows {
                 v.resize(rows, 0.0);
@@ -123,6 +126,8 @@ pub struct Terms {
     pub z_loss: f64,
     /// The step from 1 to the next number of the type that is computed in.
     pub ulp: f64,
+    /// [`Real::NOTHING`](super::real::Real::NOTHING) of that type.
+    pub nothing: f64,
     /// Sparse targets per row.
     pub entries: usize,
     /// Whether `lin`, `t_rest`, `t_top` of the tile hold a dense stream.
@@ -188,7 +193,7 @@ where
 pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end: usize) {
     let (zero, one, infinity) = (splat::<S, f64>(isa, 0.0), splat::<S, f64>(isa, 1.0), splat::<S, f64>(isa, f64::INFINITY));
     let exp = Exp::<S::F64>::new(isa, terms.scale);
-    let scale = splat::<S, f64>(isa, terms.scale);
+    let (scale, nothing) = (splat::<S, f64>(isa, terms.scale), splat::<S, f64>(isa, terms.nothing));
     let step = S::F64::LANES;
     // Not for results that have half the digits.
     let closely = terms.ulp <= f64::EPSILON;
@@ -201,7 +206,10 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         // 1/e(max) as an exponential of its own: it saves two divisions.
         let over_max = exp.over_at(origin - b, Span::of(&tile.k).load(isa, r));
         SpanMut::of(&mut tile.a).store(isa, r, over_max.times(one));
-        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + over_max.times(Span::of(&tile.rest).load(isa, r)));
+        let rest = Span::of(&tile.rest).load(isa, r);
+        // In this order NaN stays.
+        let rest = S::F64::select(rest.le(nothing), zero, rest);
+        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + over_max.times(rest));
     }
     let mut r = first;
     while r < end {

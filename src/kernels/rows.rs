@@ -291,10 +291,11 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
                     low[u & 1] = ahead.min(low[u & 1]);
                 }
                 let (v, slope) = if CAP { bent[u] } else { (x.load(isa, u * step), zero) };
-                let e = at.at.parts(if TOP { v - at.b } else { v });
+                let from = if TOP { v - at.b } else { v };
+                let e = at.at.parts(from);
                 if CAP && !TOP {
                     // Such a loop waits for multiplications, and has one less this way where exponentials are kept.
-                    let e = e.0 * e.1;
+                    let e = at.at.whole(from, e);
                     if KEEP {
                         dst.store(isa, u * step, e * slope);
                     }
@@ -302,7 +303,8 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
                     continue;
                 }
                 if KEEP {
-                    dst.store(isa, u * step, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
+                    let e = at.at.whole(from, e);
+                    dst.store(isa, u * step, if CAP { e * slope } else { e });
                 }
                 let w = if LIN { t.load(isa, u * step) } else { zero };
                 let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u & own]);
@@ -329,9 +331,11 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
             [(v, slope)] = cap.near(isa, [x0]);
             v = Vf::<S, T>::select(beyond, lowest, v);
         }
-        let e = at.at.parts(if TOP { v - at.b } else { v });
+        let from = if TOP { v - at.b } else { v };
+        let e = at.at.parts(from);
         if KEEP {
-            dst.store_partial(isa, i, n, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
+            let e = at.at.whole(from, e);
+            dst.store_partial(isa, i, n, if CAP { e * slope } else { e });
         }
         let w = if LIN { t.load_partial(isa, i, n, T::ZERO) } else { zero };
         let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[0]);

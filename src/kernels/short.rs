@@ -291,7 +291,40 @@ fn had<S: Isa, T: Real>(len: usize) -> [T; 16] {
     had
 }
 
-/// The classes of some groups of four vectors. TOP: the maximum may be among them.
+/// The classes of vector `u` of a group. TOP: the maximum may be among them.
+#[inline(always)]
+fn sum_vector<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP: bool, const BACK: bool>(
+    isa: S,
+    at: &Anchored<Vf<S, T>>,
+    top: Vf<S, T>,
+    u: usize,
+    group: Places<T>,
+    to: &mut Lanes<Vf<S, T>>,
+) {
+    let step = Vf::<S, T>::LANES;
+    let (own, most) = if S::REGISTERS < 32 { (1, 0) } else { (3, 3) };
+    ask::<S, STORE, NEXT>(isa, group.ahead.wrapping_add(u * step * size_of::<T>()));
+    if NEXT {
+        // In this order a NaN is passed over; it comes back through the sum.
+        to.next[u & most] = group.next.load(isa, place::<BACK>(u, step)).max(to.next[u & most]);
+    }
+    let v = group.x.load(isa, place::<BACK>(u, step));
+    let v = if BACK { v.reverse() } else { v };
+    let (p, q) = at.parts(v);
+    if STORE {
+        group.dst.store(isa, u * step, at.whole(v, (p, q)));
+    }
+    if TOP {
+        // Unordered: a NaN is not the maximum and so reaches the sum.
+        let others = v.ne(top);
+        to.rest[u & own] = to.rest[u & own].fma_where(others, p, q);
+        to.below += others.count();
+    } else {
+        to.rest[u & own] = p.mul_add(q, to.rest[u & own]);
+    }
+}
+
+/// The classes of some groups of four vectors.
 #[inline(always)]
 fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP: bool, const BACK: bool>(
     isa: S,
@@ -301,37 +334,21 @@ fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
     row: Places<T>,
     to: &mut Lanes<Vf<S, T>>,
 ) {
-    let (step, group) = (Vf::<S, T>::LANES, 4 * Vf::<S, T>::LANES);
-    let (own, most) = if S::REGISTERS < 32 { (1, 0) } else { (3, 3) };
+    let size = 4 * Vf::<S, T>::LANES;
     let mut k = groups.start;
     while k < groups.end {
-        let (x, next) = (part::<T, BACK>(row.x, k, group), part::<T, BACK>(row.next, k, group));
-        let dst = if STORE { row.dst.nth(k, group) } else { row.dst };
-        for u in 0..4 {
-            ask::<S, STORE, NEXT>(isa, row.ahead.wrapping_add((k * group + u * step) * size_of::<T>()));
-            if NEXT {
-                // In this order a NaN is passed over; it comes back through the sum.
-                to.next[u & most] = next.load(isa, place::<BACK>(u, step)).max(to.next[u & most]);
-            }
-            let v = x.load(isa, place::<BACK>(u, step));
-            let v = if BACK { v.reverse() } else { v };
-            let (p, q) = at.parts(v);
-            if STORE {
-                dst.store(isa, u * step, p * q);
-            }
-            if TOP {
-                // Unordered: a NaN is not the maximum and so reaches the sum.
-                let others = v.ne(top);
-                to.rest[u & own] = to.rest[u & own].fma_where(others, p, q);
-                to.below += others.count();
-            } else {
-                to.rest[u & own] = p.mul_add(q, to.rest[u & own]);
-            }
-        }
+        let (x, next) = (part::<T, BACK>(row.x, k, size), part::<T, BACK>(row.next, k, size));
+        let dst = if STORE { row.dst.nth(k, size) } else { row.dst };
+        let group = Places { x, next, ahead: row.ahead.wrapping_add(k * size * size_of::<T>()), dst };
+        // Not a loop: the compiler would not always unroll it, and keep the accumulators in memory.
+        sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 0, group, to);
+        sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 1, group, to);
+        sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 2, group, to);
+        sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 3, group, to);
         k += 1;
     }
     if !TOP {
-        to.below += groups.len() * group;
+        to.below += groups.len() * size;
     }
 }
 
@@ -388,7 +405,7 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
             let v = if BACK { v.reverse() } else { v };
             let (p, q) = exp.parts(v);
             if STORE {
-                dst.store(isa, i, p * q);
+                dst.store(isa, i, exp.whole(v, (p, q)));
             }
             let others = v.ne(top);
             to.rest[1] = to.rest[1].fma_where(others, p, q);
@@ -403,7 +420,8 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
             let v = if STORE { tail } else { end_of::<S, T, BACK>(isa, x) };
             let (p, q) = exp.parts(v);
             if STORE {
-                if len < step { dst.store_partial(isa, 0, len, p * q) } else { dst.store(isa, len - step, p * q) }
+                let e = exp.whole(v, (p, q));
+                if len < step { dst.store_partial(isa, 0, len, e) } else { dst.store(isa, len - step, e) }
             }
             let others = Vf::<S, T>::select(Span::of(had).load(isa, 0).ne(zero), top, v).ne(top);
             to.rest[1] = to.rest[1].fma_where(others, p, q);
