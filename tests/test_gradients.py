@@ -11,7 +11,7 @@ import crossent as ce
 from crossent import reference
 
 from .levels import each_level
-from .oracle import eps, row_dtype
+from .oracle import eps, largest, row_dtype, tiny
 
 
 def numeric_gradient(f, x, h=1e-3):
@@ -192,3 +192,41 @@ def test_vjps_keep_the_digits_of_a_float64_upstream(level):
     got = ce.softmax_vjp(g, p)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("classes", [2, 4, 33, 70, 300, 1000, 5000])
+def test_upstream_factors_beyond_the_type(level, dtype, classes, order):
+    """What the factor takes beyond float32 may come back: infinities have the right sign, and nothing is NaN."""
+    rng = np.random.default_rng(classes)
+    n = 5
+    x = np.asarray((rng.normal(0, 3, (n, classes))).astype(dtype), order=order)
+    x[1, 0] = -np.inf
+    target = rng.integers(1, classes, n)
+    probs = rng.dirichlet(np.ones(classes), n)
+    probs[1, 0] = 0
+    # The last row has an ordinary factor: it is what it is without the others.
+    for g in (1e37, 1e60, 1e300):
+        factors = np.r_[np.full(n - 1, g), 1.0]
+        for y, options in (
+            (target, {}),
+            (target, {"weight": rng.uniform(0.5, 2, classes)}),
+            (target, {"label_smoothing": 0.25, "where": x != -np.inf}),
+            (target, {"label_smoothing": 0.25, "weight": np.r_[0, rng.uniform(0.5, 2, classes - 1)]}),
+            (probs, {}),
+        ):
+            out = np.empty_like(x)
+            ce.cross_entropy_with_grad(x, y, reduction="none", grad_output=factors, out=out, **options)
+            same = {k: v[-1:] if k == "where" else v for k, v in options.items()}
+            alone = ce.cross_entropy_with_grad(x[-1:], y[-1:], reduction="none", **same)[1]
+            assert np.array_equal(out[-1:], alone), (g, options.keys())
+            _, want = reference.cross_entropy_with_grad(x, y, reduction="none", grad_output=factors, **options)
+            got, most = out.astype(np.float64), largest(x.dtype)
+            assert not np.isnan(got).any(), (g, options.keys())
+            normal = np.abs(want) > max(1e-30, tiny(x.dtype))
+            assert np.array_equal(np.sign(got[normal]), np.sign(want[normal])), (g, options.keys())
+            beyond = np.abs(want) > 1.01 * most
+            assert np.isinf(got[beyond]).all(), (g, options.keys())
+            inside = normal & (np.abs(want) < 0.99 * most)
+            # The reference loses digits where p·Σ and the target's share are about the same.
+            np.testing.assert_allclose(got[inside], want[inside], rtol=max(1e-4, 8 * eps(x.dtype)), atol=1e-5 * min(g, most))

@@ -291,6 +291,16 @@ impl Offsets {
         self
     }
 
+    /// Number of rows.
+    pub fn count(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Where row `r` is.
+    pub fn at(&self, r: usize) -> isize {
+        self.list[r]
+    }
+
     /// Any rows.
     pub fn set(&mut self, rows: impl Iterator<Item = isize>) -> &Self {
         self.run = None;

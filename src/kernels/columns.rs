@@ -11,7 +11,7 @@ use crate::simd::{Isa, Mask, Vector};
 
 use super::finish::Tile;
 use super::math::{Exp, Split, SplitSum};
-use super::real::Real;
+use super::real::{Real, is_high};
 use super::state::{Reference, Summand, Wide, splat};
 
 /// Classes per block, and the most that are summed in one go.
@@ -500,12 +500,26 @@ pub fn emit_stored<S: Isa, T: Summand>(isa: S, x: ColumnsMut<T>, width: usize, d
 }
 
 /// Takes a power of two from the exponentials of columns whose factor a alone would leave the normal numbers of the type, and gives it to a.
-/// If they are not `stored`, their reference is moved.
-pub fn balance<T: Summand>(stored: Option<ColumnsMut<T>>, width: usize, tile: &mut Tile) {
+/// If they are not `stored`, their reference is moved. Where a, or the slope beside a `dense` stream, is too large, it is taken from what will be the
+/// results: whether there are such columns, for [`lift`].
+#[must_use]
+pub fn balance<T: Summand>(stored: Option<ColumnsMut<T>>, width: usize, dense: bool, tile: &mut Tile) -> bool {
     let tiny = if T::DTYPE == DType::F64 { 1e-250 } else { 1e-30 };
     let bias = T::BIAS.to_f64();
+    let mut high = false;
     for j in 0..width {
-        if tile.a[j] == 0.0 || tile.a[j].is_nan() || tile.a[j].abs() >= tiny {
+        let (a, slope) = (tile.a[j].abs(), if dense { tile.slope[j].abs() } else { 0.0 });
+        tile.lift[j] = 1.0;
+        if is_high::<T>(a, slope) {
+            // A power of two that leaves room for a maximum above 1, and a stream.
+            let by = f64::from_bits(a.max(slope).to_bits() >> 52 << 52) * 2.0_f64.powi(-60);
+            tile.a[j] /= by;
+            tile.slope[j] /= by;
+            tile.lift[j] = by;
+            high = true;
+            continue;
+        }
+        if a == 0.0 || a.is_nan() || a >= tiny {
             continue;
         }
         tile.a[j] *= bias.exp2();
@@ -515,6 +529,17 @@ pub fn balance<T: Summand>(stored: Option<ColumnsMut<T>>, width: usize, tile: &m
             }
         } else {
             tile.k[j] += bias;
+        }
+    }
+    high
+}
+
+/// Gives results what [`balance`] took from them.
+#[inline(never)]
+pub fn lift<T: Summand>(x: ColumnsMut<T>, tile: &Tile) {
+    for (j, &by) in tile.lift.iter().enumerate().take(x.read().width()).filter(|&(_, &by)| by != 1.0) {
+        for c in 0..x.read().classes() {
+            x.set(c, j, T::from_f64(x.read().get(c, j).to_f64() * by));
         }
     }
 }

@@ -299,7 +299,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
     }
     if let Some(out) = job.out {
         unbend_patches(job, kept, tile);
-        columns::balance(stored.then(|| ColumnsMut::of(x, stride, depth, stride)), n, tile);
+        let high = columns::balance(stored.then(|| ColumnsMut::of(x, stride, depth, stride)), n, linear.0, tile);
         let formulas = room(running, sweep::room(stride)[0]);
         let log = job.kind == Kind::LogSoftmax;
         let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
@@ -321,6 +321,9 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
             let tiled = ColumnsMut::of(x, stride, count, stride);
             let carry = Carry { scale, x: tiled.read(), out: tiled, stream: false, next: later(first + count), formulas };
             job.level.run(Emit { carry, dense: stream, tile, log, stored, most });
+            if high {
+                columns::lift(tiled, tile);
+            }
             operands.bent.unbend(strip, &mut x[..count * stride]);
             if job.kind == Kind::Loss {
                 patch(strip, tile, &mut x[..], stride, (index, &operands.by_class), (first, count));

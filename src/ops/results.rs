@@ -1,12 +1,14 @@
 //! Where the results of rows go, and how they come there: to an array of any float type, or to scratch.
 
-use crate::array::{Element, HalfRows, Offsets, Out, Rows, RowsMut, Span, SpanMut};
+use crate::array::{Element, Half, HalfRows, Offsets, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::bend::Product;
 use crate::kernels::copy;
 use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{APART, Tile};
-use crate::kernels::state::Reference;
-use crate::simd::{Isa, Kernel, Level};
+use crate::kernels::real::is_high;
+use crate::kernels::rows::BLOCK;
+use crate::kernels::state::{Reference, exp_f64};
+use crate::simd::{Isa, Kernel, Level, Scalar};
 
 use super::job::{Job, Kind, MASK, OUT, Stores};
 use super::scratch::{OfType, Work};
@@ -29,6 +31,40 @@ pub(super) enum To<'o, 'a, T> {
 }
 
 impl<'o, T: Work> To<'o, '_, T> {
+    /// Number of rows.
+    fn count(self) -> usize {
+        match self {
+            Self::Rows(_, _, rows, _) => rows.count(),
+            Self::Run(..) => 1,
+            Self::Scratch(rows) => rows.count(),
+        }
+    }
+
+    /// Classes of each.
+    fn len(self) -> usize {
+        match self {
+            Self::Rows(_, _, _, len) | Self::Run(_, _, len) => len,
+            Self::Scratch(rows) => rows.read().len(),
+        }
+    }
+
+    /// One of the rows.
+    fn row(self, r: usize) -> Self {
+        match self {
+            Self::Rows(out, base, rows, len) => Self::Run(out, base + rows.at(r), len),
+            Self::Run(..) => self,
+            Self::Scratch(rows) => Self::Scratch(RowsMut::single(rows.row(r))),
+        }
+    }
+
+    /// Sets class `i` of the first row, rounded once.
+    fn set(self, i: usize, value: f64) {
+        match self {
+            Self::Rows(out, offset, ..) | Self::Run(out, offset, _) => out.set(offset + (i * out.array().dtype().size()) as isize, value),
+            Self::Scratch(rows) => rows.set(0, i, T::from_f64(value)),
+        }
+    }
+
     /// Rows of the array, of its type.
     pub(super) fn rows<E: Element<Acc = T>>(self) -> RowsMut<'o, E> {
         match self {
@@ -87,9 +123,53 @@ impl Results<'_, '_, '_> {
 
     /// The same, of halves as they are if there are some.
     pub(super) fn read<T: Work>(self, src: Rows<T>, half: Option<HalfRows>, t: Span<T>, references: &[Reference], to: To<T>) {
+        if self.from != From::Logs && (self.first..self.first + to.count()).any(|slot| self.is_high::<T>(slot, t)) {
+            return self.one_by_one(src, half, t, references, to);
+        }
         match to {
             To::Scratch(dst) => self.emit(src, half, t, references, dst),
             To::Rows(out, ..) | To::Run(out, ..) => T::of_type(out.array().dtype(), Write { results: self, src, half, t, references, to }),
+        }
+    }
+
+    fn is_high<T: Work>(self, slot: usize, t: Span<T>) -> bool {
+        let slope = if self.job.even() || !t.is_empty() { self.tile.slope[slot].abs() } else { 0.0 };
+        is_high::<T>(self.tile.a[slot].abs(), slope)
+    }
+
+    /// Rows some of which have high coefficients: those class by class, in float64.
+    #[inline(never)]
+    fn one_by_one<T: Work>(self, src: Rows<T>, half: Option<HalfRows>, t: Span<T>, references: &[Reference], to: To<T>) {
+        let Self { job, tile, .. } = self;
+        let (count, even) = (to.count(), job.even());
+        let blocks = references.len() / count;
+        for (r, slot) in (0..count).zip(self.first..) {
+            let (references, to) = (&references[r * blocks..][..blocks], to.row(r));
+            let (x, half) = (if half.is_some() { Span::of(&[]) } else { src.row(r) }, half.map(|half| half.row(r)));
+            if !self.is_high(slot, t) {
+                Self { first: slot, ..self }.read(Rows::single(x), half.map(HalfRows::single), t, references, to);
+                continue;
+            }
+            let own = Reference { k: tile.k[slot], b: tile.b[slot] };
+            let slope = if even || !t.is_empty() { tile.slope[slot] } else { 0.0 };
+            for i in 0..to.len() {
+                let x = match half {
+                    Some(Half::F16(x)) => x.get(i).to_f64(),
+                    Some(Half::Bf16(x)) => x.get(i).to_f64(),
+                    None => x.get(i).to_f64(),
+                };
+                let e = match references.get(i / BLOCK) {
+                    _ if self.from != From::Stored => exp_f64(Scalar, (x - own.b) * job.terms.scale, own.k),
+                    Some(reference) => x * reference.factor(own, job.terms.scale),
+                    None => x,
+                };
+                let t = match t.is_empty() {
+                    _ if even => tile.share[slot],
+                    true => 0.0,
+                    false => t.get(i).to_f64(),
+                };
+                to.set(i, tile.a[slot] * e - slope * t);
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 use std::sync::Mutex;
 
 use crate::array::{Columns, DType};
-use crate::kernels::columns::{BLOCK, Dense, Origin, balance};
+use crate::kernels::columns::{BLOCK, Dense, Origin, balance, lift};
 use crate::kernels::finish::{Terms, Tile, WIDTH};
 use crate::kernels::sweep::{self, Carry, Running, STEP, Sweep};
 use crate::simd::{Isa, Kernel};
@@ -111,7 +111,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, threads: usize, scratch: &mut Scratc
         leave_out(strip, tile);
     }
     if let Some(out) = job.out {
-        balance::<T>(None, n, tile);
+        let high = balance::<T>(None, n, false, tile);
         let (log, most) = (job.kind == Kind::LogSoftmax, if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY });
         let stream = strip.streams() && !left_out;
         let (shared, each) = (&*tile, running.chunks_mut(pitch).map(Mutex::new).collect::<Vec<_>>());
@@ -128,6 +128,9 @@ pub(super) fn strip<T: Work>(strip: &Strip, threads: usize, scratch: &mut Scratc
             }
         });
         let out = results();
+        if high {
+            lift(out, tile);
+        }
         if job.kind == Kind::Loss {
             targets(strip, |slot, _, class| out.set(class, slot, T::from_f64(tile.patch[slot])));
         }
