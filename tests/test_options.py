@@ -285,7 +285,7 @@ def same(a, b):
     np.testing.assert_array_equal(a.astype(F64), b.astype(F64))
 
 
-# --- what is not read ---------------------------------------------------------------------------------------------------------------------
+# --- few classes, and rows that are bent --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", [-1, 0])
@@ -401,6 +401,9 @@ def test_smoothing_of_bent_rows(level, dtype, classes, cap):
         lost = 0.0 if cap is None else 8 * eps(single) * cap
         np.testing.assert_allclose(loss, exact, rtol=8 * eps(single), atol=lost)
         np.testing.assert_allclose(grad.astype(F64), slope, rtol=8 * eps(dtype), atol=8 * eps(single) + 8 * lost)
+
+
+# --- what is not read ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", [0, 1])

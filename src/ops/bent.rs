@@ -7,7 +7,8 @@ use crate::simd::Level;
 
 use super::job::MASK;
 use super::scratch::{Buffer, Work, room};
-use super::source::{Spread, capped, flags, spreads};
+use super::source::{capped, flags};
+use super::stream::{Spread, spreads};
 use super::strip::Strip;
 
 /// How the logits of a tile were bent: the slopes of the softcap, and the mask, as in the tile.

@@ -13,8 +13,9 @@ use super::few;
 use super::job::{Job, Kind, PROBS, X};
 use super::plan::Path;
 use super::scratch::{Buffer, Buffers, Scratch, Work, room};
-use super::source::{Spread, dense_column, is_probs, shared_stream, spreads, unbend_patches};
+use super::source::unbend_patches;
 use super::straight::{self, Land, Take};
+use super::stream::{Spread, dense_column, is_probs, shared_stream, spreads};
 use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets, weighed};
 use super::tiles::LANES;
 

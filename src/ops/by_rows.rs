@@ -17,10 +17,8 @@ use super::job::{Job, Kind, OUT, Stores, X};
 use super::results::{Results, Set, To, clear, patch, unbend_and_write};
 use super::scratch::{Buffers, Scratch, Work, room};
 use super::segments;
-use super::source::{
-    self, Spread, adjacent_masked, adjacent_probs, dense_row, kept_classes, logits, logits_and_slopes, masked, shared_stream, spreads,
-    target_slopes, unbend_patches, unbent,
-};
+use super::source::{self, adjacent_masked, logits, logits_and_slopes, masked, target_slopes, unbend_patches, unbent};
+use super::stream::{Spread, adjacent_probs, dense_row, kept_classes, shared_stream, spreads};
 use super::strip::{Finish, Strip, Total, collect, ignored, prepare, settle, targets};
 use super::targets::NONE;
 

@@ -19,6 +19,7 @@ mod scratch;
 mod segments;
 mod source;
 mod straight;
+mod stream;
 mod strip;
 mod targets;
 mod tiles;

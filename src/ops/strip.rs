@@ -7,7 +7,7 @@ use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::job::{Job, Kind, OUT, RESULT, UPSTREAM};
 use super::plan::Path;
-use super::source::Spread;
+use super::stream::Spread;
 use super::targets::NONE;
 
 /// Rows that are worked on together.
