@@ -265,8 +265,7 @@ def assert_ulps(got, want: DD, dtype: np.dtype, bound: float, *, scale=None, wha
             good |= (np.abs(want.hi) > largest(work)) & (got == np.copysign(np.inf, want.hi))
         else:
             good = (got >= round_to(want.hi - bound * unit, got_dtype)) & (got <= round_to(want.hi + bound * unit, got_dtype))
-        if scale is None:
-            good |= (np.abs(want.hi) < tiny(work)) & (np.abs(got) <= tiny(work))
+        good |= (np.abs(want.hi) < tiny(work)) & (np.abs(got) <= tiny(work))
     if not good.all():
         at = np.unravel_index(np.argmin(good), good.shape) if good.ndim else ()
         error = ulps(got, want, work, scale)

@@ -72,12 +72,9 @@ def minimax(basis, target, lo, hi):
     return coefficients, worst
 
 
-def polynomial(bits, degrees, lo, hi, *, fixed, term, function, weight, known=()):
-    """Fits `function(x) = fixed(x) + sum c_i term(x)^degrees_i` with error times `weight(x)`; rounded c and the error of that.
-
-    The first of c may be `known`.
-    """
-    known = list(known)
+def polynomial(bits, degrees, lo, hi, *, fixed, term, function, weight):
+    """Fits `function(x) = fixed(x) + sum c_i term(x)^degrees_i` with error times `weight(x)`; rounded c and the error of that."""
+    known = []
 
     def residue(x, weight):
         return (function(x) - fixed(x) - sum(c * term(x, d) for c, d in zip(known, degrees, strict=False))) * weight(x)
@@ -122,50 +119,6 @@ def exp2_monic(bits, degree, reach, lead):
         function=lambda r: mpf(2) ** (r + lead),
         weight=lambda r: mpf(2) ** -(r + lead),
     )
-
-
-def exp2_with_powers(bits, degree, reach, candidates):
-    """c0 2^r = c0 + c1 r + ... + r^degree for |r| <= reach, with 2^(j/16) 2^k / c0, j < 16, which lie in [2, 8): relative errors of both.
-
-    The last coefficient is about one if c0 is near degree!/ln(2)^degree. Of so many candidates there, the one whose powers round best.
-    """
-    scale = 2 ** (3 * bits)
-    powers = [int(mp.floor(mpf(2) ** (mpf(j) / 16) * scale * scale)) for j in range(16)]
-    middle, shift = mp.frexp(mp.factorial(degree) / mp.log(2) ** degree)
-    middle = int(mp.nint(middle * 2**bits))
-
-    def worst(mantissa, limit):
-        """Largest error of a power in units of 2^-bits of itself, or nothing if it is not below the limit."""
-        largest = 0.0
-        for power in powers:
-            quotient = power // mantissa
-            unit = 1 << (quotient.bit_length() - bits)
-            rest = quotient % unit
-            error = min(rest, unit - rest) / quotient * 2.0**bits
-            if error >= limit:
-                return None
-            largest = max(largest, error)
-        return largest
-
-    best, limit = None, 1.0
-    for mantissa in range(middle - candidates // 2, middle + candidates // 2):
-        found = worst(mantissa, limit)
-        if found is not None:
-            best, limit = mantissa, found
-    c0 = mpf(best) * mpf(2) ** (shift - bits)
-    k = int(mp.ceil(mp.log(c0, 2))) + 1
-    values, error = polynomial(
-        bits,
-        range(degree),
-        -reach,
-        reach,
-        fixed=lambda r: r**degree,
-        term=lambda r, d: r**d,
-        function=lambda r: c0 * mpf(2) ** r,
-        weight=lambda r: mpf(2) ** -r / c0,
-        known=[c0],
-    )
-    return values, error, [round_to(mpf(2) ** (mpf(j) / 16 + k) / c0, bits) for j in range(16)], limit * mpf(2) ** -bits, k
 
 
 def expm1_polynomial(bits, degree):
@@ -242,7 +195,7 @@ def constants():
         values, error = exp2_polynomial(bits, {24: 3, 53: 6}[bits], sixteenth)
         yield name, "EXP2_16", values, error
         yield name, "OCTAVE", [round_to(mpf(2) ** (mpf(j) / 16), bits) for j in range(16)], None
-        # The last coefficient is about one for a lead of 31.1 octaves (f64; f32's 12.7 are too far from whole ones),
+        # The last coefficient is about one for a lead of 31.1 octaves (f32's 12.7 are too far from whole ones),
         if name == "f64":
             values, error = exp2_monic(bits, degree, reach, mpf(31))
             yield name, "LED", values, error
@@ -253,10 +206,6 @@ def constants():
             values, error = exp2_monic(bits, 4, eighth, lead)
             yield name, "LED_8", values, error
             yield name, "LEAD_8", [lead], None
-        values, error, powers, rounding, lead = exp2_with_powers(bits, {24: 3, 53: 6}[bits], sixteenth, {24: 340_000, 53: 1_000_000}[bits])
-        yield name, "LED_16", values, error
-        yield name, "OCTAVE_16", powers, rounding
-        yield name, "LEAD_16", [lead], None
         values, error = expm1_polynomial(bits, degree + 1)
         yield name, "EXPM1", values, error
         yield name, "LN2", split(mp.log(2), bits), None

@@ -11,7 +11,7 @@ use crate::simd::{Isa, Mask, Vector};
 
 use super::finish::Tile;
 use super::math::{Exp, Split, SplitSum};
-use super::real::{Real, is_high};
+use super::real::{HIGH, Real};
 use super::state::{Reference, Summand, Wide, splat};
 
 /// Classes per block, and the most that are summed in one go.
@@ -510,7 +510,7 @@ pub fn balance<T: Summand>(stored: Option<ColumnsMut<T>>, width: usize, dense: b
     for j in 0..width {
         let (a, slope) = (tile.a[j].abs(), if dense { tile.slope[j].abs() } else { 0.0 });
         tile.lift[j] = 1.0;
-        if is_high::<T>(a, slope) {
+        if T::DTYPE == DType::F32 && (HIGH..f64::INFINITY).contains(&a.max(slope)) {
             // A power of two that leaves room for a maximum above 1, and a stream.
             let by = f64::from_bits(a.max(slope).to_bits() >> 52 << 52) * 2.0_f64.powi(-60);
             tile.a[j] /= by;

@@ -126,8 +126,6 @@ pub struct Terms {
     pub z_loss: f64,
     /// The step from 1 to the next number of the type that is computed in.
     pub ulp: f64,
-    /// [`Real::NOTHING`](super::real::Real::NOTHING) of that type.
-    pub nothing: f64,
     /// Sparse targets per row.
     pub entries: usize,
     /// Whether `lin`, `t_rest`, `t_top` of the tile hold a dense stream.
@@ -193,7 +191,7 @@ where
 pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end: usize) {
     let (zero, one, infinity) = (splat::<S, f64>(isa, 0.0), splat::<S, f64>(isa, 1.0), splat::<S, f64>(isa, f64::INFINITY));
     let exp = Exp::<S::F64>::new(isa, terms.scale);
-    let (scale, nothing) = (splat::<S, f64>(isa, terms.scale), splat::<S, f64>(isa, terms.nothing));
+    let scale = splat::<S, f64>(isa, terms.scale);
     let step = S::F64::LANES;
     // Not for results that have half the digits.
     let closely = terms.ulp <= f64::EPSILON;
@@ -206,10 +204,7 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         // 1/e(max) as an exponential of its own: it saves two divisions.
         let over_max = exp.over_at(origin - b, Span::of(&tile.k).load(isa, r));
         SpanMut::of(&mut tile.a).store(isa, r, over_max.times(one));
-        let rest = Span::of(&tile.rest).load(isa, r);
-        // In this order NaN stays.
-        let rest = S::F64::select(rest.le(nothing), zero, rest);
-        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + over_max.times(rest));
+        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + over_max.times(Span::of(&tile.rest).load(isa, r)));
     }
     let mut r = first;
     while r < end {

@@ -3,7 +3,7 @@
 // The literals are what `tools/minimax.py` prints and compares, also where one of them rounds to a known constant.
 #![allow(clippy::approx_constant)]
 
-use crate::array::{DType, Float};
+use crate::array::Float;
 
 /// The part of 1/ln 2 = log2 e that a float64 holds, and the rest.
 pub const LOG2_E: [f64; 2] = [1.442_695_040_888_963_4, 2.035_527_374_093_103_3e-17];
@@ -38,14 +38,6 @@ pub trait Real: Float {
     const LED_8: &'static [Self];
     /// See there.
     const LEAD_8: Self;
-    /// `c0·2^r = c0 + c1·r + … + r^n` for r as in `EXP2_16`. c0 is the one of many whose `OCTAVE_16` rounds best.
-    const LED_16: &'static [Self];
-    /// `2^(j/16 + LEAD_16)/c0`.
-    const OCTAVE_16: [Self; 16];
-    /// Whole octaves, so many that these numbers are 2 or more: where they meet the smallest exponent, they are normal numbers.
-    const LEAD_16: Self;
-    /// Sums of exponentials up to here are those of classes far below the maximum, or −inf: relative to it, less than half of the smallest normal number.
-    const NOTHING: f64;
     /// The bias of its exponents.
     const EXPONENT_BIAS: Self;
     /// `e^r − 1 = r + r²·(c0 + c1·r + …)` for |r| <= ln(2)/2 and a little.
@@ -60,12 +52,9 @@ pub trait Real: Float {
     const LOG: &'static [Self];
 }
 
-/// Whether a factor of exponentials, or of a dense stream, is so large that what it makes may not fit float32 although the result does, or that there
-/// may be nothing but the difference of two infinities.
-pub fn is_high<T: Real>(a: f64, slope: f64) -> bool {
-    const HIGH: f64 = f64::from_bits((1023 + 70) << 52);
-    T::DTYPE == DType::F32 && a.max(slope) >= HIGH && a.max(slope) < f64::INFINITY
-}
+/// From here on a factor of exponentials, or of a dense stream, is so large that what it makes may not fit float32 although the result does, or that
+/// there may be nothing but the difference of two infinities.
+pub const HIGH: f64 = f64::from_bits((1023 + 70) << 52);
 
 impl Real for f32 {
     const MAGIC: f32 = 12_582_912.0;
@@ -106,30 +95,6 @@ impl Real for f32 {
     // Error 2^-27.4.
     const LED_8: &'static [f32] = &[98.701_49, 68.414_66, 23.710_735, 5.479_89];
     const LEAD_8: f32 = 6.625;
-    // Error 2^-26.7.
-    const LED_16: &'static [f32] = &[18.230_738, 12.636_595, 4.379_711_6];
-    // Error 2^-25.8.
-    const OCTAVE_16: [f32; 16] = [
-        3.510_554_6,
-        3.665_98,
-        3.828_287,
-        3.997_779_6,
-        4.174_776_6,
-        4.359_609_6,
-        4.552_626,
-        4.754_188,
-        4.964_674,
-        5.184_478_8,
-        5.414_015_3,
-        5.653_714,
-        5.904_025_6,
-        6.165_419,
-        6.438_385_5,
-        6.723_437_3,
-    ];
-    const LEAD_16: f32 = 6.0;
-    // 2^-90; BIAS more below the maximum, 2^-137.
-    const NOTHING: f64 = f64::from_bits((1023 - 90) << 52);
     const EXPONENT_BIAS: f32 = 127.0;
     // Error 2^-31.1.
     const EXPM1: &'static [f32] = &[0.5, 0.166_666_66, 0.041_666_493, 0.008_333_544, 0.001_393_234, 0.000_197_634_3];
@@ -210,37 +175,6 @@ impl Real for f64 {
     const LEAD: f64 = 31.0;
     const LED_8: &'static [f64] = &[];
     const LEAD_8: f64 = 0.0;
-    // Error 2^-57.0.
-    const LED_16: &'static [f64] = &[
-        6_492.018_221_929_493,
-        4_499.924_126_674_227,
-        1_559.554_860_568_958_2,
-        360.333_684_761_649_1,
-        62.441_069_428_994_176,
-        8.656_339_185_491_111,
-    ];
-    // Error 2^-54.6.
-    const OCTAVE_16: [f64; 16] = [
-        2.523_714_419_755_666,
-        2.635_448_802_884_855_3,
-        2.752_130_089_782_367_5,
-        2.873_977_298_589_331,
-        3.001_219_144_208_401_5,
-        3.134_094_467_616_073_6,
-        3.272_852_684_182_269,
-        3.417_754_251_838_732,
-        3.569_071_159_975_009,
-        3.727_087_439_979_7,
-        3.892_099_698_385_308,
-        4.064_417_673_617_422,
-        4.244_364_817_393_295,
-        4.432_278_901_861_136,
-        4.628_512_653_619_753,
-        4.833_434_415_808_646,
-    ];
-    const LEAD_16: f64 = 14.0;
-    // 2^-970; BIAS more below the maximum, 2^-1049.
-    const NOTHING: f64 = f64::from_bits((1023 - 970) << 52);
     const EXPONENT_BIAS: f64 = 1023.0;
     // Error 2^-61.5.
     const EXPM1: &'static [f64] = &[

@@ -291,11 +291,10 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
                     low[u & 1] = ahead.min(low[u & 1]);
                 }
                 let (v, slope) = if CAP { bent[u] } else { (x.load(isa, u * step), zero) };
-                let from = if TOP { v - at.b } else { v };
-                let e = at.at.parts(from);
+                let e = at.at.parts(if TOP { v - at.b } else { v });
                 if CAP && !TOP {
                     // Such a loop waits for multiplications, and has one less this way where exponentials are kept.
-                    let e = at.at.whole(from, e);
+                    let e = e.0 * e.1;
                     if KEEP {
                         dst.store(isa, u * step, e * slope);
                     }
@@ -303,8 +302,7 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
                     continue;
                 }
                 if KEEP {
-                    let e = at.at.whole(from, e);
-                    dst.store(isa, u * step, if CAP { e * slope } else { e });
+                    dst.store(isa, u * step, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
                 }
                 let w = if LIN { t.load(isa, u * step) } else { zero };
                 let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u & own]);
@@ -331,11 +329,9 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
             [(v, slope)] = cap.near(isa, [x0]);
             v = Vf::<S, T>::select(beyond, lowest, v);
         }
-        let from = if TOP { v - at.b } else { v };
-        let e = at.at.parts(from);
+        let e = at.at.parts(if TOP { v - at.b } else { v });
         if KEEP {
-            let e = at.at.whole(from, e);
-            dst.store_partial(isa, i, n, if CAP { e * slope } else { e });
+            dst.store_partial(isa, i, n, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
         }
         let w = if LIN { t.load_partial(isa, i, n, T::ZERO) } else { zero };
         let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[0]);

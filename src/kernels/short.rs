@@ -298,21 +298,21 @@ fn sum_vector<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
     at: &Anchored<Vf<S, T>>,
     top: Vf<S, T>,
     u: usize,
-    group: Places<T>,
+    Places { x, next, ahead, dst }: Places<T>,
     to: &mut Lanes<Vf<S, T>>,
 ) {
     let step = Vf::<S, T>::LANES;
     let (own, most) = if S::REGISTERS < 32 { (1, 0) } else { (3, 3) };
-    ask::<S, STORE, NEXT>(isa, group.ahead.wrapping_add(u * step * size_of::<T>()));
+    ask::<S, STORE, NEXT>(isa, ahead);
     if NEXT {
         // In this order a NaN is passed over; it comes back through the sum.
-        to.next[u & most] = group.next.load(isa, place::<BACK>(u, step)).max(to.next[u & most]);
+        to.next[u & most] = next.load(isa, place::<BACK>(u, step)).max(to.next[u & most]);
     }
-    let v = group.x.load(isa, place::<BACK>(u, step));
+    let v = x.load(isa, place::<BACK>(u, step));
     let v = if BACK { v.reverse() } else { v };
     let (p, q) = at.parts(v);
     if STORE {
-        group.dst.store(isa, u * step, at.whole(v, (p, q)));
+        dst.store(isa, u * step, p * q);
     }
     if TOP {
         // Unordered: a NaN is not the maximum and so reaches the sum.
@@ -334,21 +334,27 @@ fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
     row: Places<T>,
     to: &mut Lanes<Vf<S, T>>,
 ) {
-    let size = 4 * Vf::<S, T>::LANES;
+    let (step, group) = (Vf::<S, T>::LANES, 4 * Vf::<S, T>::LANES);
     let mut k = groups.start;
     while k < groups.end {
-        let (x, next) = (part::<T, BACK>(row.x, k, size), part::<T, BACK>(row.next, k, size));
-        let dst = if STORE { row.dst.nth(k, size) } else { row.dst };
-        let group = Places { x, next, ahead: row.ahead.wrapping_add(k * size * size_of::<T>()), dst };
-        // Not a loop: the compiler would not always unroll it, and keep the accumulators in memory.
-        sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 0, group, to);
-        sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 1, group, to);
-        sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 2, group, to);
-        sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 3, group, to);
+        let (x, next) = (part::<T, BACK>(row.x, k, group), part::<T, BACK>(row.next, k, group));
+        let dst = if STORE { row.dst.nth(k, group) } else { row.dst };
+        let at_vector = |u: usize| Places { x, next, ahead: row.ahead.wrapping_add((k * group + u * step) * size_of::<T>()), dst };
+        if S::REGISTERS < 32 && T::DTYPE == DType::F64 {
+            // As a loop it would be too long for the compiler to unroll, and the accumulators in memory.
+            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 0, at_vector(0), to);
+            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 1, at_vector(1), to);
+            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 2, at_vector(2), to);
+            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 3, at_vector(3), to);
+        } else {
+            for u in 0..4 {
+                sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, u, at_vector(u), to);
+            }
+        }
         k += 1;
     }
     if !TOP {
-        to.below += groups.len() * size;
+        to.below += groups.len() * group;
     }
 }
 
@@ -405,7 +411,7 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
             let v = if BACK { v.reverse() } else { v };
             let (p, q) = exp.parts(v);
             if STORE {
-                dst.store(isa, i, exp.whole(v, (p, q)));
+                dst.store(isa, i, p * q);
             }
             let others = v.ne(top);
             to.rest[1] = to.rest[1].fma_where(others, p, q);
@@ -420,8 +426,7 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
             let v = if STORE { tail } else { end_of::<S, T, BACK>(isa, x) };
             let (p, q) = exp.parts(v);
             if STORE {
-                let e = exp.whole(v, (p, q));
-                if len < step { dst.store_partial(isa, 0, len, e) } else { dst.store(isa, len - step, e) }
+                if len < step { dst.store_partial(isa, 0, len, p * q) } else { dst.store(isa, len - step, p * q) }
             }
             let others = Vf::<S, T>::select(Span::of(had).load(isa, 0).ne(zero), top, v).ne(top);
             to.rest[1] = to.rest[1].fma_where(others, p, q);

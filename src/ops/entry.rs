@@ -70,11 +70,13 @@ pub fn cross_entropy(
     job.terms = Terms {
         scale: 1.0 / options.temperature,
         z_loss: options.z_loss,
+        ulp: job.terms.ulp,
         entries: labels.as_ref().map_or(0, |labels| labels.entries),
         dense: probs.is_some() || e > 0.0,
         gradient: grad.is_some(),
+        stored: false,
+        plain: None,
         loss: true,
-        ..job.terms
     };
     job.labels = labels;
     afford(exec, &job)?;

@@ -5,7 +5,6 @@ use std::sync::Mutex;
 use crate::array::{Array, DType, Out};
 use crate::kernels::columns;
 use crate::kernels::finish::{Terms, WIDTH};
-use crate::kernels::real::Real;
 use crate::kernels::state::Pair;
 use crate::simd::Level;
 use crate::threads;
@@ -250,7 +249,6 @@ impl<'a> Job<'a> {
                 scale: 1.0,
                 z_loss: 0.0,
                 ulp: if x.dtype() == DType::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) },
-                nothing: if x.dtype() == DType::F64 { f64::NOTHING } else { f32::NOTHING },
                 entries: 0,
                 dense: false,
                 gradient: out.is_some(),

@@ -1,11 +1,11 @@
 //! Where the results of rows go, and how they come there: to an array of any float type, or to scratch.
 
-use crate::array::{Element, Half, HalfRows, Offsets, Out, Rows, RowsMut, Span, SpanMut};
+use crate::array::{DType, Element, Half, HalfRows, Offsets, Out, Rows, RowsMut, Span, SpanMut};
 use crate::kernels::bend::Product;
 use crate::kernels::copy;
 use crate::kernels::emit::{Emit, From};
 use crate::kernels::finish::{APART, Tile};
-use crate::kernels::real::is_high;
+use crate::kernels::real::HIGH;
 use crate::kernels::rows::BLOCK;
 use crate::kernels::state::{Reference, exp_f64};
 use crate::simd::{Isa, Kernel, Level, Scalar};
@@ -123,7 +123,7 @@ impl Results<'_, '_, '_> {
 
     /// The same, of halves as they are if there are some.
     pub(super) fn read<T: Work>(self, src: Rows<T>, half: Option<HalfRows>, t: Span<T>, references: &[Reference], to: To<T>) {
-        if self.from != From::Logs && (self.first..self.first + to.count()).any(|slot| self.is_high::<T>(slot, t)) {
+        if self.are_high::<T>(to.count(), t) {
             return self.one_by_one(src, half, t, references, to);
         }
         match to {
@@ -132,9 +132,12 @@ impl Results<'_, '_, '_> {
         }
     }
 
-    fn is_high<T: Work>(self, slot: usize, t: Span<T>) -> bool {
-        let slope = if self.job.even() || !t.is_empty() { self.tile.slope[slot].abs() } else { 0.0 };
-        is_high::<T>(self.tile.a[slot].abs(), slope)
+    /// Whether coefficients of one of `n` rows are high, see [`HIGH`].
+    fn are_high<T: Work>(self, n: usize, t: Span<T>) -> bool {
+        let Self { job, tile, first, .. } = self;
+        // All of them, as that takes vectors.
+        let high = |values: &[f64]| values[first..][..n].iter().fold(false, |any, value| any | (value.abs() >= HIGH));
+        T::DTYPE == DType::F32 && job.kind == Kind::Loss && (high(&tile.a) || (job.even() || !t.is_empty()) && high(&tile.slope))
     }
 
     /// Rows some of which have high coefficients: those class by class, in float64.
@@ -146,8 +149,9 @@ impl Results<'_, '_, '_> {
         for (r, slot) in (0..count).zip(self.first..) {
             let (references, to) = (&references[r * blocks..][..blocks], to.row(r));
             let (x, half) = (if half.is_some() { Span::of(&[]) } else { src.row(r) }, half.map(|half| half.row(r)));
-            if !self.is_high(slot, t) {
-                Self { first: slot, ..self }.read(Rows::single(x), half.map(HalfRows::single), t, references, to);
+            let row = Self { first: slot, ..self };
+            if !row.are_high(1, t) {
+                row.read(Rows::single(x), half.map(HalfRows::single), t, references, to);
                 continue;
             }
             let own = Reference { k: tile.k[slot], b: tile.b[slot] };

@@ -314,10 +314,10 @@ impl Vector for F32x16 {
     type Octave = __m512i;
     #[inline(always)]
     fn octave(_isa: Avx512, powers: &[f32; 16]) -> __m512i {
-        // Less what the shift below leaves of the index.
+        // Mantissas, less what the shift below leaves of the index.
         let mut table = [0_u32; 16];
         for (j, (entry, power)) in table.iter_mut().zip(powers).enumerate() {
-            *entry = power.to_bits().wrapping_sub(1.0_f32.to_bits() + ((j as u32) << 19));
+            *entry = (power.to_bits() & 0x007f_ffff).wrapping_sub((j as u32) << 19);
         }
         // SAFETY: the token proves AVX-512 F; the array has sixteen entries.
         unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }
@@ -506,7 +506,7 @@ impl Vector for F64x8 {
     fn octave(_isa: Avx512, powers: &[f64; 16]) -> [__m512i; 2] {
         let mut table = [0_u64; 16];
         for (j, (entry, power)) in table.iter_mut().zip(powers).enumerate() {
-            *entry = power.to_bits().wrapping_sub(1.0_f64.to_bits() + ((j as u64) << 48));
+            *entry = (power.to_bits() & 0x000f_ffff_ffff_ffff).wrapping_sub((j as u64) << 48);
         }
         // SAFETY: the token proves AVX-512 F; the array has sixteen entries.
         unsafe { [_mm512_loadu_si512(table.as_ptr().cast()), _mm512_loadu_si512(table.as_ptr().add(8).cast())] }
