@@ -5,8 +5,9 @@
 //! The exhaustive tests are `cargo test --release --test math -- --ignored --nocapture`.
 
 use crossent::array::{Float, Span, SpanMut, Vf};
-use crossent::kernels::math::{Exp, exp_full, log1p, log1p_inverse, tanh, tanh_sech2};
+use crossent::kernels::math::{Exp, exp_full, log1p, log1p_inverse};
 use crossent::kernels::real::Real;
+use crossent::kernels::tanh::{tanh, tanh_sech2};
 use crossent::simd::{Isa, Kernel, Level, Vector};
 
 // ---- running a function over a slice, on a level ---------------------------------------------------------------------------------

@@ -174,9 +174,10 @@ def nearer(stats: Stats, columns: list[str]) -> list[str]:
 
 
 def functions() -> str:
-    """The table that src/kernels/math.rs opens with."""
-    lines = (ROOT / "src" / "kernels" / "math.rs").read_text(encoding="utf-8").splitlines()
-    rows = [line.removeprefix("//! ") for line in lines if line.startswith("//! |")]
+    """The tables that the files of the vector mathematics open with, under one heading."""
+    files = [ROOT / "src" / "kernels" / name for name in ("math.rs", "tanh.rs")]
+    tables = [[line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("//! |")] for file in files]
+    rows = [line.removeprefix("//! ") for line in tables[0] + [line for other in tables[1:] for line in other[2:]]]
     return "\n".join(row.replace("[`", "`").replace("`]", "`") for row in rows)
 
 
@@ -203,7 +204,7 @@ def write(path: Path, heading: list[str], scheme: str, stats: Stats, columns: li
         + "Relative error of the reduction against the exact sum (`math.fsum`) of the losses that the same library returns per row; "
         "half a unit of float64 is 1.1e-16, of float32 6e-8.\n\n" + sums_table(found),
         "## The functions underneath\n\n"
-        "Stated in `src/kernels/math.rs` and asserted by `tests/math.rs` on every instruction set, in ULP:\n\n" + functions(),
+        "Stated in `src/kernels/math.rs` and `tanh.rs`, asserted by `tests/math.rs` on every level, in ULP:\n\n" + functions(),
         f"## Family by family\n\nRows per family and number of classes: {rows}; four times as many in *equal below*.\n\n"
         + table(["family", "rows"], ([name, what] for name, what in FAMILIES.items())),
         details(stats, columns),

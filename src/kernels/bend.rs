@@ -3,8 +3,8 @@
 use crate::array::{Element, Flags, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Vector};
 
-use super::math::Cap;
 use super::real::Real;
+use super::tanh::Cap;
 
 /// `cap·tanh(x/cap)` of a run, or the derivative 1 − tanh² there; or the one and the other in `slopes`, if there is room.
 pub struct Softcap<'a, T> {

@@ -474,7 +474,7 @@ fn add_here<S: Isa, T: Real>(
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
     // In this order a NaN is passed over; it comes back through the sums.
     sums.next = [next[0].max(sums.next[0]), next[1].max(sums.next[1])];
-    let (e, f) = (at[0].at.exp2(p), at[1].at.exp2(q));
+    let (e, f) = (at[0].exp.exp2(p), at[1].exp.exp2(q));
     sums.rest[0] = sums.rest[0].add_where(p.ne(at[0].top), e);
     sums.rest[1] = sums.rest[1].add_where(q.ne(at[1].top), f);
     // p − q and what its rounding lost, which is NaN beside an infinity.

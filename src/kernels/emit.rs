@@ -253,7 +253,6 @@ fn crown<O: Element>(dst: SpanMut<O>) {
 }
 
 /// Results of rows that were finished, or of one block of a row, as a kernel: `min(a·e, most) − slope·t`, where t may be the same for all classes.
-#[derive(Clone, Copy)]
 pub struct Emit<'a, T, O> {
     /// 1 / temperature.
     pub scale: f64,

@@ -17,3 +17,4 @@ pub mod scan;
 pub mod short;
 pub mod state;
 pub mod sweep;
+pub mod tanh;

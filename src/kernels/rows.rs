@@ -9,9 +9,10 @@ use crate::simd::{Isa, Kernel, Level, Mask, Scalar, Vector};
 
 use super::bend;
 use super::input::{Ahead, Course, Input, Known, LATER, Making, Next, Onward, Whole};
-use super::math::{Anchored, Cap, Exp};
+use super::math::{Anchored, Exp};
 use super::real::Real;
 use super::state::{Pair, Reference, State, Summand, Wide, exp_f64, splat};
+use super::tanh::Cap;
 
 /// Classes per block: large enough to hide the work between blocks, small enough for two to stay in L1.
 pub const BLOCK: usize = 1024;

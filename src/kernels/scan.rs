@@ -46,7 +46,7 @@ pub(super) struct Lanes<V: Vector> {
 
 /// What a block is summed with.
 pub(super) struct Near<V: Vector> {
-    pub(super) at: Anchored<V>,
+    pub(super) exp: Anchored<V>,
     pub(super) top: V,
 }
 
@@ -146,7 +146,7 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
     #[inline(always)]
     pub(super) fn near(&self, constants: &Constants<S, T>) -> Near<Vf<S, T>> {
         let (magic, floor) = self.at.steps;
-        Near { at: constants.exp.anchored(magic, floor), top: self.at.top }
+        Near { exp: constants.exp.anchored(magic, floor), top: self.at.top }
     }
 
     /// Σ exp without the maxima.
@@ -357,8 +357,8 @@ fn pass<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(isa: S, at: &Near<
 #[inline(always)]
 fn add<S: Isa, T: Real, const SPREAD: bool, const TOP: bool>(at: &Near<Vf<S, T>>, v: Vf<S, T>, rest: &mut Vf<S, T>, spread: &mut Vf<S, T>) {
     // 0·log 0 = 0, also for a class of −inf: what is far below the maximum is as good as the floor.
-    let v = at.at.raised(v);
-    let (p, q) = at.at.parts_above(v);
+    let v = at.exp.raised(v);
+    let (p, q) = at.exp.parts_above(v);
     // Unordered: a NaN is not the maximum and so reaches the sum.
     *rest = if TOP { rest.fma_where(v.ne(at.top), p, q) } else { p.mul_add(q, *rest) };
     if SPREAD {

@@ -6,8 +6,8 @@ use crate::kernels::bend::{self, Mask, Softcap};
 use crate::kernels::copy;
 use crate::kernels::finish::{APART, Tile};
 use crate::kernels::input::{Masked, Raw};
-use crate::kernels::math::Cap;
 use crate::kernels::rows;
+use crate::kernels::tanh::Cap;
 use crate::simd::{Isa, Kernel, Level, Vector};
 
 use super::job::{Job, MASK, OUT, X};
