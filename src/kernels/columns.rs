@@ -133,15 +133,15 @@ pub struct Reduce<'a, T> {
     pub store: bool,
     /// Supplies the blocks if there are several.
     pub blocks: &'a mut dyn Blocks<T>,
-    /// Where they come from, if that is to be asked for.
-    pub origin: Option<Origin>,
+    /// To be asked for meanwhile: of each, the classes behind those that are computed with.
+    pub ahead: [Option<Origin>; 2],
 }
 
 /// Reads every class into the row states of `tile`. The exponentials replace the logits of the tile, if they are to be kept.
 #[inline(always)]
 pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
     let step = Vf::<S, T>::LANES;
-    let Reduce { scale, classes, width, stride, x, dense, shared, linear, store, blocks, origin } = job;
+    let Reduce { scale, classes, width, stride, x, dense, shared, linear, store, blocks, ahead } = job;
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let zero = splat::<S, T>(isa, 0.0);
     let empty = State { max: Vf::<S, T>::splat(isa, T::NEG_INF), ties: zero, k: exp.reference(zero), b: zero, rest: Wide::zero(isa) };
@@ -174,7 +174,7 @@ pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
                 raise::<S, T>(isa, &exp, scale, block.read(), first, at + group * step, state, lin.then_some(linear));
             }
             for group in 0..wide / step {
-                if let Some(origin) = origin {
+                for origin in ahead.into_iter().flatten() {
                     origin.ask(isa, first + count, count, from + group * step);
                 }
                 let (state, linear, at) = (&mut states[group], &mut linears[group], at + group * step);

@@ -33,8 +33,8 @@ pub struct Few<'a, T> {
     pub loss: &'a mut [f64],
     /// Room for [`LANES`] numbers per row.
     pub lanes: &'a mut [T],
-    /// What is read next.
-    pub next: Next,
+    /// To be asked for meanwhile.
+    pub ahead: Ahead,
 }
 
 /// What takes the place of the logits.
@@ -59,37 +59,42 @@ pub struct Smooth {
     pub share: f64,
 }
 
-/// Runs of columns, class by class, that are asked for a line at a time: memory is busy while the processor is.
+/// Runs of memory, class by class, that are asked for a line at a time: it is busy while the processor is.
 #[derive(Clone, Copy, Debug)]
-pub struct Next {
-    /// The run of the first class, which need not be there.
-    pub at: *const u8,
-    /// Bytes of a run.
-    pub bytes: usize,
-    /// Bytes from class to class.
-    pub class: isize,
-    /// Runs that are left.
-    pub classes: usize,
+pub struct Runs {
+    at: *const u8,
+    bytes: usize,
+    class: isize,
+    classes: usize,
+    done: usize,
 }
 
-impl Next {
-    /// Nothing.
-    pub const NONE: Self = Self { at: core::ptr::null(), bytes: 0, class: 0, classes: 0 };
+impl Runs {
+    /// None.
+    pub const NONE: Self = Self { at: core::ptr::null(), bytes: 0, class: 0, classes: 0, done: 0 };
+
+    /// `classes` runs of so many bytes, `class` bytes from each to the next; the first is `at`, and need not be there.
+    pub fn new(at: *const u8, bytes: usize, (class, classes): (isize, usize)) -> Self {
+        Self { at, bytes, class, classes, done: 0 }
+    }
 
     #[inline(always)]
-    fn ask<S: Isa>(&mut self, isa: S, done: &mut usize) {
+    fn ask<S: Isa>(&mut self, isa: S) {
         if self.classes == 0 {
             return;
         }
-        isa.prefetch(self.at.wrapping_add(*done + 63));
-        *done += 64;
-        if *done >= self.bytes {
-            *done = 0;
+        isa.prefetch(self.at.wrapping_add(self.done + 63));
+        self.done += 64;
+        if self.done >= self.bytes {
+            self.done = 0;
             self.at = self.at.wrapping_offset(self.class);
             self.classes -= 1;
         }
     }
 }
+
+/// What is read next, and where results go.
+pub type Ahead = [Runs; 2];
 
 /// What is kept of a row between the loops.
 pub const LANES: usize = 9;
@@ -128,7 +133,7 @@ impl<T: Summand> Kernel for Few<'_, T> {
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) -> bool {
         assert!(S::LEVEL != Level::Scalar, "the portable level takes the general way");
-        let Self { scale, want, x, rows, target, smooth, g, loss, lanes, next } = self;
+        let Self { scale, want, x, rows, target, smooth, g, loss, lanes, ahead } = self;
         let gradient = matches!(want, Want::Gradient);
         let whole = rows.next_multiple_of(Vf::<S, T>::LANES);
         let (lanes, loss) = (SpanMut::of(lanes), SpanMut::of(loss).part(0, whole));
@@ -136,7 +141,7 @@ impl<T: Summand> Kernel for Few<'_, T> {
         let g = if gradient { Span::of(g).part(0, whole) } else { Span::of(g) };
         let rows = Rows { class: Span::of(target).part(0, whole), g, max, ties, logit, rest, lost, slope, patch, far, first, loss };
         if matches!(want, Want::Logs | Want::Probabilities) {
-            return transform::<S, T>(isa, want, x, rows, next);
+            return transform::<S, T>(isa, want, x, rows, ahead);
         }
         if smooth.is_some() {
             distances::<S, T>(isa, x.read(), rows);
@@ -145,9 +150,9 @@ impl<T: Summand> Kernel for Few<'_, T> {
         }
         // Several loops: each is short enough for the processor to have several vectors of rows in flight.
         if gradient {
-            sum::<S, T, true>(isa, scale, x, rows, next);
+            sum::<S, T, true>(isa, scale, x, rows, ahead);
         } else {
-            sum::<S, T, false>(isa, scale, x, rows, next);
+            sum::<S, T, false>(isa, scale, x, rows, ahead);
         }
         let left = lose::<S, T>(isa, scale, gradient, smooth, x.read().classes(), rows);
         if !gradient {
@@ -229,8 +234,7 @@ impl<V: Vector<Elem: Real>> Lane<V> {
 
 /// What there is of every row but the losses. With STORE the exponentials replace the logits.
 #[inline(always)]
-fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsMut<T>, rows: Rows<T>, mut next: Next) {
-    let mut done = 0;
+fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsMut<T>, rows: Rows<T>, mut ahead: Ahead) {
     let (x, classes, step) = (tile.read(), tile.read().classes(), Vf::<S, T>::LANES);
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let (zero, lowest) = (splat::<S, T>(isa, 0.0), Vf::<S, T>::splat(isa, T::NEG_INF));
@@ -281,14 +285,14 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
             }
             row.rest.add(q);
             for _ in 0..4 {
-                next.ask(isa, &mut done);
+                ahead.iter_mut().for_each(|runs| runs.ask(isa));
             }
             c += 4;
         }
         let mut q = zero;
         while c < classes {
             q = q + row.take::<S, T, STORE>(isa, &at, (max, class), tile, c, j);
-            next.ask(isa, &mut done);
+            ahead.iter_mut().for_each(|runs| runs.ask(isa));
             c += 1;
         }
         row.rest.add([q, zero, zero, zero]);
@@ -413,11 +417,11 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, smooth: Option<S
 
 /// Transforms, whose rows have no class. Whether rows were left.
 #[inline(always)]
-fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Rows<T>, next: Next) -> bool {
+fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Rows<T>, ahead: Ahead) -> bool {
     // The sums of a loss, so that it has their code.
     match want {
-        Want::Probabilities => sum::<S, T, true>(isa, 1.0, x, rows, next),
-        _ => sum::<S, T, false>(isa, 1.0, x, rows, next),
+        Want::Probabilities => sum::<S, T, true>(isa, 1.0, x, rows, ahead),
+        _ => sum::<S, T, false>(isa, 1.0, x, rows, ahead),
     }
     let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, 1.0));
     let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));

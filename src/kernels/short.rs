@@ -76,6 +76,9 @@ const FUSED: usize = 256;
 /// Most rows whose maxima are taken together.
 const GROUP: usize = 16;
 
+/// Rows that are asked for beyond the next group, where exponentials are kept.
+const MORE: usize = 4;
+
 /// Most chains in a row of float32 where they are [`apart`].
 const CHAINS: usize = 8;
 
@@ -117,7 +120,8 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     }
     let fused = fusing && x.len() >= FUSED && from.is_none();
     let together = (TOGETHER / (x.len() * size_of::<T>()).max(1) / (1 + usize::from(fused))).clamp(2, GROUP);
-    let distance = if fused { 2 * together } else { together };
+    // How many rows ahead memory is asked for; of those whose maxima are taken apart just the next ones, which are to be in L1, unless exponentials are kept.
+    let distance = if fused { 2 * together + usize::from(!STORE) } else { together + if STORE { MORE } else { 0 } };
     let had = had::<S, T>(x.len());
     // What is left of rows lane by lane is reduced row after row, away from the long chains of their exponentials.
     let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);

@@ -2,7 +2,7 @@
 //!
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
-use crate::array::{Columns, ColumnsMut, DType, Offsets, Span};
+use crate::array::{Array, Columns, ColumnsMut, DType, Offsets, Out, Span};
 use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::kernels::sweep::{self, Carry, Running, Sweep};
@@ -10,7 +10,7 @@ use crate::simd::{Isa, Kernel};
 
 use super::bent::Bent;
 use super::few;
-use super::job::{Job, Kind, PROBS, X};
+use super::job::{Job, Kind, OUT, PROBS, X};
 use super::plan::Path;
 use super::scratch::{Buffer, Buffers, Scratch, Work, room};
 use super::source::unbend_patches;
@@ -253,17 +253,28 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
     let stored = few && job.out.is_some() && job.kind != Kind::LogSoftmax;
     let terms = Terms { stored, plain, ..job.terms };
     let (scale, linear) = (terms.scale, (job.kind == Kind::Loss && terms.dense, own));
-    let from = Origin {
-        base: job.x.address(job.rows.offset(X, kept[0])),
-        class: job.classes.inner_stride(X),
-        column: job.x.dtype().size() as isize,
+    let origin = |array: &Array, operand: usize, path: Path| {
+        let base = array.address(job.rows.offset(operand, kept[0]));
+        let origin = Origin { base, class: job.classes.inner_stride(operand), column: array.dtype().size() as isize };
+        (strip.path(path) == Path::Columns).then_some(origin)
     };
-    let origin = (!few && strip.path(job.tile_read) == Path::Columns).then_some(from);
-    let later =
-        |classes: usize| origin.map(|origin| Origin { base: origin.base.wrapping_offset(classes as isize * origin.class), ..origin });
+    let shifted = |origin: Origin, columns: usize, classes: isize| {
+        let bytes = columns as isize * origin.column + classes * origin.class;
+        Origin { base: origin.base.wrapping_offset(bytes), ..origin }
+    };
+    let from = origin(job.x, X, job.tile_read);
+    let ahead = if few {
+        // The next strip, and where results go.
+        let to = job.out.map(Out::array).filter(|out| !out.starts_as(job.x)).and_then(|out| origin(out, OUT, job.tile_write));
+        let before = -(classes as isize);
+        [from.map(|from| shifted(from, n, before)), to.map(|to| shifted(to, 0, before))]
+    } else {
+        [from, None]
+    };
+    let later = |classes: usize| if few { None } else { from.map(|from| shifted(from, 0, classes as isize)) };
     let blocks = &mut operands;
     if few || linear.0 {
-        job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks, origin }, tile));
+        job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks, ahead }, tile));
     } else {
         let (parts, [lanes, wide]) = (straight::parts(classes), sweep::room(stride));
         let (running, sums) = (room(running, parts * lanes), room(sums, parts * wide));
@@ -334,7 +345,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
                     (0..count).for_each(|c| x[c * stride + slot] = T::ZERO);
                 }
             }
-            strip.empty::<T>(out, (first, count), (x, stride), operands.offsets, operands.flat);
+            strip.empty::<T>(out, (first, count), (x, stride), !few && strip.streams(), operands.offsets, operands.flat);
         }
     }
     settle(strip, tile, total);

@@ -22,6 +22,10 @@ pub(super) const RUN: usize = 1024;
 /// Classes of a part, which has states of its own: threads can share columns.
 const PART: usize = 8192;
 
+/// How many classes further than those that are computed with memory is asked for: more than are read at a time, as the last of them is wanted as soon as
+/// the first, and was asked for last.
+const LATER: usize = STEP + 4;
+
 /// Parts that the classes are cut into: a function of their number alone.
 pub(super) fn parts(classes: usize) -> usize {
     if classes < 2 * PART { 1 } else { classes.div_ceil(PART) }
@@ -98,7 +102,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, threads: usize, scratch: &mut Scratc
         if let Ok(mut states) = each[index].lock() {
             let (lanes, sums) = &mut *states;
             let running = Running { lanes, sums };
-            job.level.run(Take(Sweep { scale, x: x().part(first, count), first: true, next: origin(first + STEP, 1), running }));
+            job.level.run(Take(Sweep { scale, x: x().part(first, count), first: true, next: origin(first + LATER, 1), running }));
         }
     });
     drop(each);

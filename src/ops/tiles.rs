@@ -41,16 +41,17 @@ impl Strip<'_, '_> {
         T::of_type(array.dtype(), Fill { strip: self, array, operand, path, classes, tile, offsets, flat });
     }
 
-    /// Writes `count` classes from `first` on of the result from a tile.
+    /// Writes `count` classes from `first` on of the result from a tile, columns past the caches if it is to `stream`.
     pub(super) fn empty<T: Work>(
         &self,
         out: &Out,
         classes: (usize, usize),
         tile: (&[T], usize),
+        stream: bool,
         offsets: &mut [Offsets; 3],
         flat: &mut Buffer<T>,
     ) {
-        T::of_type(out.array().dtype(), Empty { strip: self, out, classes, tile, offsets, flat });
+        T::of_type(out.array().dtype(), Empty { strip: self, out, classes, tile, stream, offsets, flat });
     }
 }
 
@@ -76,9 +77,9 @@ impl<T: Work> OfType<T> for Fill<'_, '_, '_, T> {
         match path {
             Path::Columns => {
                 let src = array.columns::<E>(job.rows.offset(operand, strip.kept[0]) + first as isize * step, step, count, n);
-                // The next strip; or, where there are several blocks, what of this one could not be asked for while the one before was computed with.
-                let ahead = if count == job.classes.size { (n * size) as isize } else { LATER * step };
-                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), Some(ahead)));
+                // Where there are several blocks, what could not be asked for while the one before was computed with.
+                let ahead = (count < job.classes.size).then_some(LATER * step);
+                job.level.run(Move::In(src, ColumnsMut::of(tile, stride, count, stride), ahead));
             }
             Path::Rows if count == 2 && strip.adjacent(operand, count, size) => {
                 let src = array.span::<E>(job.rows.offset(operand, strip.kept[0]), 2 * n);
@@ -117,13 +118,14 @@ struct Empty<'s, 'j, 'a, T> {
     out: &'s Out<'a>,
     classes: (usize, usize),
     tile: (&'s [T], usize),
+    stream: bool,
     offsets: &'s mut [Offsets; 3],
     flat: &'s mut Buffer<T>,
 }
 
 impl<T: Work> OfType<T> for Empty<'_, '_, '_, T> {
     fn run<E: Element<Acc = T>>(self) {
-        let Self { strip, out, classes: (first, count), tile: (tile, stride), offsets, flat } = self;
+        let Self { strip, out, classes: (first, count), tile: (tile, stride), stream, offsets, flat } = self;
         let (job, n) = (strip.job, strip.kept.len());
         let step = job.classes.inner_stride(OUT);
         let size = size_of::<E>();
@@ -131,7 +133,7 @@ impl<T: Work> OfType<T> for Empty<'_, '_, '_, T> {
         match strip.path(job.tile_write) {
             Path::Columns => {
                 let dst = out.columns::<E>(job.rows.offset(OUT, strip.kept[0]) + first as isize * step, step, count, n);
-                job.level.run(Move::Out(source, dst, strip.streams()));
+                job.level.run(Move::Out(source, dst, stream));
             }
             Path::Rows if count == 2 && strip.adjacent(OUT, count, size) => {
                 let dst = out.span::<E>(job.rows.offset(OUT, strip.kept[0]), 2 * n);
