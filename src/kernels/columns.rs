@@ -48,12 +48,80 @@ impl Origin {
         }
     }
 
+    /// `count` classes from `first` on, of `width` columns from `from` on.
+    fn runs(self, first: usize, count: usize, from: usize, width: usize) -> Runs {
+        let at = self.base.wrapping_offset(first as isize * self.class).wrapping_offset(from as isize * self.column);
+        Runs::new(at, width * self.column.unsigned_abs(), (self.class, count))
+    }
+
     /// Asks for four vectors of class `c` from column `j` on.
     #[inline(always)]
     pub(super) fn ask_four<S: Isa, T: Float>(self, isa: S, c: usize, j: usize) {
         let at = self.base.wrapping_offset(c as isize * self.class).wrapping_offset(j as isize * self.column);
         for byte in (0..4 * Vf::<S, T>::LANES * size_of::<T>()).step_by(64) {
             isa.prefetch(at.wrapping_add(byte));
+        }
+    }
+}
+
+/// Runs of memory, class by class, that are asked for a line at a time: it is busy while the processor is.
+#[derive(Clone, Copy, Debug)]
+pub struct Runs {
+    at: *const u8,
+    also: isize,
+    bytes: usize,
+    class: isize,
+    classes: usize,
+    done: usize,
+}
+
+impl Runs {
+    /// None.
+    pub const NONE: Self = Self { at: core::ptr::null(), also: 0, bytes: 0, class: 0, classes: 0, done: 0 };
+
+    /// `classes` runs of so many bytes, `class` bytes from each to the next, the first of them `at`. They need not be there.
+    pub fn new(at: *const u8, bytes: usize, (class, classes): (isize, usize)) -> Self {
+        Self { at, bytes, class, classes, ..Self::NONE }
+    }
+
+    /// And as many at the same distances elsewhere.
+    #[must_use]
+    pub fn and(self, at: *const u8) -> Self {
+        Self { also: (at as isize).wrapping_sub(self.at as isize), ..self }
+    }
+
+    /// Asks for a line.
+    #[inline(always)]
+    pub(super) fn ask<S: Isa>(&mut self, isa: S) {
+        if self.classes > 0 {
+            self.ask_here(isa, 1);
+        }
+    }
+
+    /// Asks for some lines.
+    #[inline(always)]
+    pub(super) fn ask_for<S: Isa>(&mut self, isa: S, mut lines: usize) {
+        while self.classes > 0 && lines > 0 {
+            let here = lines.min((self.bytes - self.done).div_ceil(64));
+            self.ask_here(isa, here);
+            lines -= here;
+        }
+    }
+
+    #[inline(always)]
+    fn ask_here<S: Isa>(&mut self, isa: S, lines: usize) {
+        for line in 0..lines {
+            let at = self.at.wrapping_add(self.done + 64 * line + 63);
+            isa.prefetch(at);
+            if self.also != 0 {
+                isa.prefetch(at.wrapping_offset(self.also));
+            }
+        }
+        self.done += 64 * lines;
+        if self.done >= self.bytes {
+            self.done = 0;
+            self.at = self.at.wrapping_offset(self.class);
+            self.classes -= 1;
         }
     }
 }
@@ -133,15 +201,17 @@ pub struct Reduce<'a, T> {
     pub store: bool,
     /// Supplies the blocks if there are several.
     pub blocks: &'a mut dyn Blocks<T>,
-    /// To be asked for meanwhile: of each, the classes behind those that are computed with.
-    pub ahead: [Option<Origin>; 2],
+    /// Where they come from, if that is to be asked for.
+    pub origin: Option<Origin>,
+    /// To be asked for while the only block, or the last one, is computed with.
+    pub ahead: Runs,
 }
 
 /// Reads every class into the row states of `tile`. The exponentials replace the logits of the tile, if they are to be kept.
 #[inline(always)]
 pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
     let step = Vf::<S, T>::LANES;
-    let Reduce { scale, classes, width, stride, x, dense, shared, linear, store, blocks, ahead } = job;
+    let Reduce { scale, classes, width, stride, x, dense, shared, linear, store, blocks, origin, mut ahead } = job;
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let zero = splat::<S, T>(isa, 0.0);
     let empty = State { max: Vf::<S, T>::splat(isa, T::NEG_INF), ties: zero, k: exp.reference(zero), b: zero, rest: Wide::zero(isa) };
@@ -168,15 +238,16 @@ pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
                 (true, false) => Dense::Shared(Span::of(&shared[first..first + count])),
                 (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
             };
+            if let Some(origin) = origin {
+                ahead = origin.runs(first + count, depth.min(classes - first - count), from, wide);
+            }
             // Two loops: each is short enough for the processor to have several groups in flight.
             for group in 0..wide / step {
                 let (state, linear) = (&mut states[group], &mut linears[group]);
                 raise::<S, T>(isa, &exp, scale, block.read(), first, at + group * step, state, lin.then_some(linear));
             }
             for group in 0..wide / step {
-                for origin in ahead.into_iter().flatten() {
-                    origin.ask(isa, first + count, count, from + group * step);
-                }
+                ahead.ask_for(isa, count);
                 let (state, linear, at) = (&mut states[group], &mut linears[group], at + group * step);
                 if lin {
                     sum_block::<S, T, true>(isa, &exp, store, block, first, at, stream, state, linear);

@@ -6,7 +6,7 @@
 use crate::array::{Columns, ColumnsMut, DType, Span, SpanMut, Vf};
 use crate::simd::{Isa, Kernel, Level, Mask, Vector};
 
-use super::columns::BLOCK;
+use super::columns::{BLOCK, Runs};
 use super::finish::Odds;
 use super::math::{Exp, Split, SplitSum};
 use super::real::Real;
@@ -34,7 +34,7 @@ pub struct Few<'a, T> {
     /// Room for [`LANES`] numbers per row.
     pub lanes: &'a mut [T],
     /// To be asked for meanwhile.
-    pub ahead: Ahead,
+    pub ahead: Runs,
 }
 
 /// What takes the place of the logits.
@@ -58,43 +58,6 @@ pub struct Smooth {
     /// Share of every class, beside that.
     pub share: f64,
 }
-
-/// Runs of memory, class by class, that are asked for a line at a time: it is busy while the processor is.
-#[derive(Clone, Copy, Debug)]
-pub struct Runs {
-    at: *const u8,
-    bytes: usize,
-    class: isize,
-    classes: usize,
-    done: usize,
-}
-
-impl Runs {
-    /// None.
-    pub const NONE: Self = Self { at: core::ptr::null(), bytes: 0, class: 0, classes: 0, done: 0 };
-
-    /// `classes` runs of so many bytes, `class` bytes from each to the next; the first is `at`, and need not be there.
-    pub fn new(at: *const u8, bytes: usize, (class, classes): (isize, usize)) -> Self {
-        Self { at, bytes, class, classes, done: 0 }
-    }
-
-    #[inline(always)]
-    fn ask<S: Isa>(&mut self, isa: S) {
-        if self.classes == 0 {
-            return;
-        }
-        isa.prefetch(self.at.wrapping_add(self.done + 63));
-        self.done += 64;
-        if self.done >= self.bytes {
-            self.done = 0;
-            self.at = self.at.wrapping_offset(self.class);
-            self.classes -= 1;
-        }
-    }
-}
-
-/// What is read next, and where results go.
-pub type Ahead = [Runs; 2];
 
 /// What is kept of a row between the loops.
 pub const LANES: usize = 9;
@@ -234,7 +197,7 @@ impl<V: Vector<Elem: Real>> Lane<V> {
 
 /// What there is of every row but the losses. With STORE the exponentials replace the logits.
 #[inline(always)]
-fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsMut<T>, rows: Rows<T>, mut ahead: Ahead) {
+fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsMut<T>, rows: Rows<T>, mut ahead: Runs) {
     let (x, classes, step) = (tile.read(), tile.read().classes(), Vf::<S, T>::LANES);
     let exp = Exp::<Vf<S, T>>::new(isa, scale);
     let (zero, lowest) = (splat::<S, T>(isa, 0.0), Vf::<S, T>::splat(isa, T::NEG_INF));
@@ -285,14 +248,14 @@ fn sum<S: Isa, T: Summand, const STORE: bool>(isa: S, scale: f64, tile: ColumnsM
             }
             row.rest.add(q);
             for _ in 0..4 {
-                ahead.iter_mut().for_each(|runs| runs.ask(isa));
+                ahead.ask(isa);
             }
             c += 4;
         }
         let mut q = zero;
         while c < classes {
             q = q + row.take::<S, T, STORE>(isa, &at, (max, class), tile, c, j);
-            ahead.iter_mut().for_each(|runs| runs.ask(isa));
+            ahead.ask(isa);
             c += 1;
         }
         row.rest.add([q, zero, zero, zero]);
@@ -417,7 +380,7 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, smooth: Option<S
 
 /// Transforms, whose rows have no class. Whether rows were left.
 #[inline(always)]
-fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Rows<T>, ahead: Ahead) -> bool {
+fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Rows<T>, ahead: Runs) -> bool {
     // The sums of a loss, so that it has their code.
     match want {
         Want::Probabilities => sum::<S, T, true>(isa, 1.0, x, rows, ahead),

@@ -3,7 +3,7 @@
 //! Whatever depends on the layout happens while a tile is filled and emptied; the arithmetic of a row is the same for all of them.
 
 use crate::array::{Array, Columns, ColumnsMut, DType, Offsets, Out, Span};
-use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce};
+use crate::kernels::columns::{self, BLOCK, Blocks, Dense, Origin, Reduce, Runs};
 use crate::kernels::finish::{APART, Terms, Tile, WIDTH};
 use crate::kernels::sweep::{self, Carry, Running, Sweep};
 use crate::simd::{Isa, Kernel};
@@ -56,6 +56,23 @@ impl<T: Work> Kernel for Emit<'_, T> {
         } else {
             sweep::emit_exp(isa, self.carry, self.dense, self.tile, self.most);
         }
+    }
+}
+
+/// The next strip, and where the results of this one go if they lie alike, as far as they are columns. (Rows are one stretch of memory, which the processor
+/// reads ahead by itself.)
+pub(super) fn ahead(strip: &Strip) -> Runs {
+    let Strip { job, kept, .. } = *strip;
+    if strip.path(job.tile_read) != Path::Columns {
+        return Runs::NONE;
+    }
+    let (bytes, class) = (kept.len() * job.x.dtype().size(), job.classes.inner_stride(X));
+    let next = job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes);
+    let runs = Runs::new(next, bytes, (class, job.classes.size));
+    let alike = |out: &&Array| out.dtype() == job.x.dtype() && job.classes.inner_stride(OUT) == class && !out.starts_as(job.x);
+    match job.out.map(Out::array).filter(alike) {
+        Some(out) => runs.and(out.address(job.rows.offset(OUT, kept[0]))),
+        None => runs,
     }
 }
 
@@ -253,28 +270,19 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
     let stored = few && job.out.is_some() && job.kind != Kind::LogSoftmax;
     let terms = Terms { stored, plain, ..job.terms };
     let (scale, linear) = (terms.scale, (job.kind == Kind::Loss && terms.dense, own));
-    let origin = |array: &Array, operand: usize, path: Path| {
-        let base = array.address(job.rows.offset(operand, kept[0]));
-        let origin = Origin { base, class: job.classes.inner_stride(operand), column: array.dtype().size() as isize };
-        (strip.path(path) == Path::Columns).then_some(origin)
+    let from = Origin {
+        base: job.x.address(job.rows.offset(X, kept[0])),
+        class: job.classes.inner_stride(X),
+        column: job.x.dtype().size() as isize,
     };
-    let shifted = |origin: Origin, columns: usize, classes: isize| {
-        let bytes = columns as isize * origin.column + classes * origin.class;
-        Origin { base: origin.base.wrapping_offset(bytes), ..origin }
-    };
-    let from = origin(job.x, X, job.tile_read);
-    let ahead = if few {
-        // The next strip, and where results go.
-        let to = job.out.map(Out::array).filter(|out| !out.starts_as(job.x)).and_then(|out| origin(out, OUT, job.tile_write));
-        let before = -(classes as isize);
-        [from.map(|from| shifted(from, n, before)), to.map(|to| shifted(to, 0, before))]
-    } else {
-        [from, None]
-    };
-    let later = |classes: usize| if few { None } else { from.map(|from| shifted(from, 0, classes as isize)) };
+    let origin = (!few && strip.path(job.tile_read) == Path::Columns).then_some(from);
+    let ahead = if few { ahead(strip) } else { Runs::NONE };
+    let later =
+        |classes: usize| origin.map(|origin| Origin { base: origin.base.wrapping_offset(classes as isize * origin.class), ..origin });
     let blocks = &mut operands;
     if few || linear.0 {
-        job.level.run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks, ahead }, tile));
+        job.level
+            .run(Read(Reduce { scale, classes, width: n, stride, x, dense, shared, linear, store: stored, blocks, origin, ahead }, tile));
     } else {
         let (parts, [lanes, wide]) = (straight::parts(classes), sweep::room(stride));
         let (running, sums) = (room(running, parts * lanes), room(sums, parts * wide));

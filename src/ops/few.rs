@@ -1,8 +1,8 @@
 //! Strips in the plain case of few classes, which [`crate::kernels::few`] can do alone: from a tile to results.
 
 use crate::array::{Array, ColumnsMut, DType, Out};
-use crate::kernels::columns::{self, BLOCK};
-use crate::kernels::few::{self, Ahead, Few, Runs, Smooth, Want};
+use crate::kernels::columns::{self, BLOCK, Runs};
+use crate::kernels::few::{self, Few, Smooth, Want};
 use crate::kernels::finish::{Tile, WIDTH};
 use crate::simd::{Isa, Kernel, Level};
 
@@ -168,7 +168,7 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
         g: &[(1.0 / divisor) as f32; SMALL],
         loss: &mut tile.loss,
         lanes,
-        ahead: [Runs::NONE; 2],
+        ahead: Runs::NONE,
     });
     let mean = (!left).then(|| {
         let mut total = Total::default();
@@ -192,22 +192,7 @@ pub(super) fn losses<T: Work>(strip: &Strip, x: ColumnsMut<T>, flat: &mut Buffer
     strip.job.level.run(Numbers::of(strip, target));
     let (scale, rows) = (strip.job.terms.scale, strip.kept.len());
     let smooth = smooth(strip.job);
-    strip.job.level.run(Few { scale, want: Want::Loss, x, rows, target, smooth, g: &[], loss, lanes, ahead: [Runs::NONE; 2] });
-}
-
-/// The next strip, and where the results of this one go, as far as they are columns. (Rows are one stretch of memory, which the processor reads ahead by itself.)
-fn ahead(strip: &Strip) -> Ahead {
-    let Strip { job, kept, .. } = *strip;
-    let runs = |array: &Array, operand: usize, path: Path, further: bool| {
-        if strip.path(path) != Path::Columns {
-            return Runs::NONE;
-        }
-        let bytes = kept.len() * array.dtype().size();
-        let at = array.address(job.rows.offset(operand, kept[0])).wrapping_add(if further { bytes } else { 0 });
-        Runs::new(at, bytes, (job.classes.inner_stride(operand), job.classes.size))
-    };
-    let to = job.out.map(Out::array).filter(|out| !out.starts_as(job.x));
-    [runs(job.x, X, job.tile_read, true), to.map_or(Runs::NONE, |out| runs(out, OUT, job.tile_write, false))]
+    strip.job.level.run(Few { scale, want: Want::Loss, x, rows, target, smooth, g: &[], loss, lanes, ahead: Runs::NONE });
 }
 
 /// One strip in the plain case.
@@ -249,7 +234,7 @@ pub(super) fn plain_strip<T: Work>(strip: &Strip, stride: usize, scratch: &mut S
         g,
         loss: &mut tile.loss,
         lanes,
-        ahead: ahead(strip),
+        ahead: by_columns::ahead(strip),
     });
     if job.out.is_some() {
         bent.unbend(strip, &mut logits[..classes * stride]);
