@@ -54,7 +54,7 @@ test-free-threaded: ## the Python tests on a Python without a GIL, 3.14t or late
 
 .PHONY: test-paths
 test-paths: .venv-test/.wheel ## the Python tests with every size threshold at its smallest
-	CROSSENT_TUNE="stream_from=1,stream_columns_from=1,recompute=2,threads_from=1" .venv-test/bin/pytest $(ARGS)
+	CROSSENT_TUNE="stream_from=1,stream_columns_from=1,ask_from=1,recompute=2,threads_from=1" .venv-test/bin/pytest $(ARGS)
 
 .PHONY: bench
 bench: .venv-bench/.wheel .venv-bench/.torch ## measure against the peers and the memory, write docs/benchmarks.md and its plots

@@ -15,6 +15,8 @@ pub struct Tunables {
     /// Results of at least so many bytes whose rows are adjacent are written past the caches: each class is another stretch of memory, and reading
     /// the lines first takes longer than the computation.
     pub stream_columns_from: usize,
+    /// Results that, with what is read, take at least so many bytes are in no cache: their lines are asked for before they are written.
+    pub ask_from: usize,
     /// Rows are finished in groups that take at most this together, so that the second cache still holds them when they are written.
     pub group_bytes: usize,
     /// Whether exponentials of long rows are computed again for results that are written past the caches, or kept in the result by ordinary stores:
@@ -24,11 +26,12 @@ pub struct Tunables {
 
 impl Tunables {
     /// Names and values, in the order of the table.
-    pub fn entries(&self) -> [(&'static str, usize); 5] {
+    pub fn entries(&self) -> [(&'static str, usize); 6] {
         [
             ("threads_from", self.threads_from),
             ("stream_from", self.stream_from),
             ("stream_columns_from", self.stream_columns_from),
+            ("ask_from", self.ask_from),
             ("group_bytes", self.group_bytes),
             ("recompute", self.recompute),
         ]
@@ -39,6 +42,7 @@ impl Tunables {
             "threads_from" => &mut self.threads_from,
             "stream_from" => &mut self.stream_from,
             "stream_columns_from" => &mut self.stream_columns_from,
+            "ask_from" => &mut self.ask_from,
             "group_bytes" => &mut self.group_bytes,
             "recompute" => &mut self.recompute,
             _ => return None,
@@ -53,6 +57,7 @@ impl Tunables {
             threads_from: 1 << 16,
             stream_from: (32 << 20).max(4 * second * threads),
             stream_columns_from: 16 << 20,
+            ask_from: 16 << 20,
             group_bytes: 64 << 10,
             // On one of AMD (Zen 4) worth 25 to 30 % with AVX-512; with AVX2 as much is lost on one thread as won on two.
             recompute: 1,
@@ -98,7 +103,7 @@ mod tests {
 
     #[test]
     fn the_environment_replaces_entries_and_nothing_else() {
-        let table = Tunables { threads_from: 1, stream_from: 2, stream_columns_from: 6, group_bytes: 3, recompute: 4 };
+        let table = Tunables { threads_from: 1, stream_from: 2, stream_columns_from: 6, ask_from: 5, group_bytes: 3, recompute: 4 };
         assert_eq!(table.with_environment("stream_from=7, group_bytes = 9"), Tunables { stream_from: 7, group_bytes: 9, ..table });
         assert_eq!(table.with_environment("stream_from=x,unknown=1,,="), table);
         let mut copy = table;

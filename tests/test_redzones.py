@@ -187,7 +187,7 @@ class Guarded:
 
 
 # What large results do: stores past the caches, exponentials computed twice.
-PAST_THE_CACHES = "stream_from=1,stream_columns_from=1,recompute=2"
+PAST_THE_CACHES = "stream_from=1,stream_columns_from=1,ask_from=1,recompute=2"
 
 
 def apart(function, *args, **options):

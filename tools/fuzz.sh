@@ -25,5 +25,5 @@ run() { # sanitizer executions tunables
 
 run address $((runs / 20)) ""
 # Every size threshold at its smallest: threads, stores past the caches and recomputing for arrays of any size.
-run address $((runs / 20)) "stream_from=1,stream_columns_from=1,recompute=2,threads_from=1"
+run address $((runs / 20)) "stream_from=1,stream_columns_from=1,ask_from=1,recompute=2,threads_from=1"
 run none $((runs / 10 * 9)) ""

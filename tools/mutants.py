@@ -33,7 +33,7 @@ ENVIRONMENT = {
     "RUSTFLAGS": "-Awarnings",
 }
 # Every size threshold at its smallest: stores past the caches, computing again, threads.
-SMALLEST = {"CROSSENT_TUNE": "stream_from=1,stream_columns_from=1,recompute=2,threads_from=1"}
+SMALLEST = {"CROSSENT_TUNE": "stream_from=1,stream_columns_from=1,ask_from=1,recompute=2,threads_from=1"}
 # Python tests of options and by-products, most of which the Rust tests know nothing of.
 PYTHON_TESTS = ("options", "meaning", "scores", "topk", "kl", "by_products", "matrix")
 SWITCH = re.compile(r"crate::mutant\((\d+)u32\)")

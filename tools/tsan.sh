@@ -68,7 +68,7 @@ export RUSTC_BOOTSTRAP=1 RUSTC="$rustc" RUSTFLAGS="$flags"
 export PYO3_BUILD_EXTENSION_MODULE=1
 # Every size threshold at its smallest: threads for arrays of any size.
 export CROSSENT_TEST_THIN="${CROSSENT_TEST_THIN:-1}"
-export CROSSENT_TUNE="${CROSSENT_TUNE:-threads_from=1,stream_from=1,stream_columns_from=1,recompute=2}"
+export CROSSENT_TUNE="${CROSSENT_TUNE:-threads_from=1,stream_from=1,stream_columns_from=1,ask_from=1,recompute=2}"
 export TSAN_OPTIONS="halt_on_error=1:second_deadlock_stack=1${TSAN_OPTIONS:+:$TSAN_OPTIONS}"
 echo "tsan: $("$rustc" --version), runtime ${runtime:-its own}"
 suite() { cargo test --locked -Zbuild-std --target "$host" --features python "$@"; }

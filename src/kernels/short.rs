@@ -27,8 +27,8 @@ pub struct Short<'a, T> {
     pub wanted: bool,
     /// Where the exponentials go, if anywhere; may be the rows themselves, but not those of `from`.
     pub dst: Option<RowsMut<'a, T>>,
-    /// Whether it is memory that no cache has: it is asked for, too.
-    pub cold: bool,
+    /// Where results will go, if that is memory that no cache has: it is asked for, too.
+    pub cold: Option<Rows<'a, T>>,
     /// Whether Σ (max − x) is wanted: it goes to `lin`, and a class that has the maximum to `arg`.
     pub distances: bool,
     /// A class of each row, or nothing: their logits go to `x_target`.
@@ -188,7 +188,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 continue;
             }
             let at = exp.anchored(Vf::<S, T>::splat(isa, magic[r]), Vf::<S, T>::splat(isa, floor[r]));
-            let later = if STORE && cold { Some(dst.read().address(slot + distance)) } else { None };
+            let later = cold.map(|to| to.address(slot + distance));
             let dst = if STORE { dst.row(slot) } else { SpanMut::of(&mut []) };
             let ahead = match from {
                 Some((raw, _)) => raw.address(slot + distance),
@@ -390,7 +390,7 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
     let (mut k, mut i) = (0, 0);
     while i < len {
         let end = (len / group).min(k + most);
-        if STORE && let Some(later) = later {
+        if let Some(later) = later {
             for line in (i..len.min(i + most * group)).step_by(64 / size_of::<T>()) {
                 isa.prefetch(later.wrapping_add(line * size_of::<T>()));
             }

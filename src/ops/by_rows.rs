@@ -158,7 +158,10 @@ fn short_rows<T: Work>(strip: &Strip, scratch: &mut Scratch, total: &mut Total) 
         }
     };
     let scale = job.terms.scale;
-    let (wanted, cold) = (job.kind == Kind::LogSoftmax, in_result && job.stores != Stores::Cached);
+    let wanted = job.kind == Kind::LogSoftmax;
+    // Log-probabilities may go past the caches.
+    let asks = job.cold && at_once && job.x.dtype() == T::DTYPE && (store || job.stores == Stores::Cached);
+    let cold = out.filter(|_| asks).map(|(out, (base, rows))| out.rows::<T>(base, rows, classes).read());
     let (even, masked, block) = (job.even(), job.bend.mask.is_some(), room(block, BLOCK));
     if even && masked {
         for (slot, &row) in kept.iter().enumerate() {
@@ -346,7 +349,7 @@ fn long_rows<T: Work>(strip: &Strip, next: Option<usize>, known: &mut Known<T>, 
             x,
             t,
             dst: store.then(|| stored(slot)),
-            cold: in_result && job.stores != Stores::Cached,
+            cold: in_result && job.cold,
             references: &mut references[slot * blocks..][..blocks],
             known,
             wanted,

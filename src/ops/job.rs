@@ -107,6 +107,8 @@ pub(super) struct Job<'a> {
     pub(super) stores: Stores,
     /// Whether results in columns are written past the caches.
     pub(super) past_columns: bool,
+    /// Whether no cache has the lines that results go to.
+    pub(super) cold: bool,
 }
 
 impl<'a> Job<'a> {
@@ -214,6 +216,7 @@ impl<'a> Job<'a> {
         };
         // In place the lines are in the cache already.
         let in_place = out.is_some_and(|out| out.array().starts_as(x));
+        let cold = out.is_some() && !in_place && 2 * bytes >= tunables().ask_from;
         let past_columns = !by_rows && out.is_some() && !in_place && bytes >= tunables().stream_columns_from;
         let per_row = (TASK / classes.size.max(1)).min(TASK_ROWS);
         let rows_per_task = per_row.max(if by_rows { rows_per_task(rows.size, classes.size) } else { WIDTH });
@@ -258,6 +261,7 @@ impl<'a> Job<'a> {
             },
             rows_per_task,
             stores,
+            cold,
             past_columns,
         })
     }

@@ -48,7 +48,7 @@ fn segment<T: Work>(
         x: Input::Row { row: x, after },
         t: Input::None,
         dst,
-        cold: job.stores != Stores::Cached,
+        cold: job.cold,
         references,
         known,
         wanted: Wanted { classes: &class, logits: &mut logit },
