@@ -411,7 +411,8 @@ impl<T: Float> Rows<'_, T> {
         let stride = second - first;
         let at = self.base.wrapping_offset(first + self.offsets.len() as isize * stride);
         // Every line of adjacent rows, the first one of rows far apart.
-        let step = stride.unsigned_abs().max(64);
+        let adjacent = stride.unsigned_abs() <= (self.len * size_of::<T>()).max(64);
+        let step = if adjacent { 64 } else { stride.unsigned_abs() };
         let lines = (count * stride.unsigned_abs()).div_ceil(step);
         Following { at, step: if stride < 0 { -(step as isize) } else { step as isize }, lines }
     }

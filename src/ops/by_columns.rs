@@ -59,20 +59,22 @@ impl<T: Work> Kernel for Emit<'_, T> {
     }
 }
 
-/// The next strip, and where the results of this one go if they lie alike, as far as they are columns. (Rows are one stretch of memory, which the processor
-/// reads ahead by itself.)
+/// The next strip, and where the results of this one go if they lie alike. Rows are one stretch of memory: the processor reads it ahead by itself, but from
+/// memory not far enough.
 pub(super) fn ahead(strip: &Strip) -> Runs {
     let Strip { job, kept, .. } = *strip;
-    if strip.path(job.tile_read) != Path::Columns {
-        return Runs::NONE;
-    }
-    let (bytes, class) = (kept.len() * job.x.dtype().size(), job.classes.inner_stride(X));
-    let next = job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes);
-    let runs = Runs::new(next, bytes, (class, job.classes.size));
-    let alike = |out: &&Array| out.dtype() == job.x.dtype() && job.classes.inner_stride(OUT) == class && !out.starts_as(job.x);
+    let (classes, size) = (job.classes.size, job.x.dtype().size());
+    let lie = |operand: usize, path: Path| match strip.path(path) {
+        Path::Columns => Some((kept.len() * size, (job.classes.inner_stride(operand), classes))),
+        Path::Rows if job.far && strip.adjacent(operand, classes, size) => Some((kept.len() * classes * size, (0, 1))),
+        _ => None,
+    };
+    let Some((bytes, classes)) = lie(X, job.tile_read) else { return Runs::NONE };
+    let next = Runs::new(job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes), bytes, classes);
+    let alike = |out: &&Array| out.dtype() == job.x.dtype() && lie(OUT, job.tile_write) == Some((bytes, classes)) && !out.starts_as(job.x);
     match job.out.map(Out::array).filter(alike) {
-        Some(out) => runs.and(out.address(job.rows.offset(OUT, kept[0]))),
-        None => runs,
+        Some(out) => next.and(out.address(job.rows.offset(OUT, kept[0]))),
+        None => next,
     }
 }
 

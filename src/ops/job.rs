@@ -107,7 +107,8 @@ pub(super) struct Job<'a> {
     pub(super) stores: Stores,
     /// Whether results in columns are written past the caches.
     pub(super) past_columns: bool,
-    /// Whether no cache has the lines that results go to.
+    /// Whether the logits are in no cache, and whether the lines that results go to are not.
+    pub(super) far: bool,
     pub(super) cold: bool,
 }
 
@@ -216,7 +217,8 @@ impl<'a> Job<'a> {
         };
         // In place the lines are in the cache already.
         let in_place = out.is_some_and(|out| out.array().starts_as(x));
-        let cold = out.is_some() && !in_place && 2 * bytes >= tunables().ask_from;
+        let far = 2 * bytes >= tunables().ask_from;
+        let cold = far && out.is_some() && !in_place;
         let past_columns = !by_rows && out.is_some() && !in_place && bytes >= tunables().stream_columns_from;
         let per_row = (TASK / classes.size.max(1)).min(TASK_ROWS);
         let rows_per_task = per_row.max(if by_rows { rows_per_task(rows.size, classes.size) } else { WIDTH });
@@ -261,6 +263,7 @@ impl<'a> Job<'a> {
             },
             rows_per_task,
             stores,
+            far,
             cold,
             past_columns,
         })
