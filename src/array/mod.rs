@@ -326,20 +326,21 @@ impl<'a> Array<'a> {
             ($type:ty, $stride:expr, $step:expr) => {{
                 // A mark that the type cannot hold marks nothing.
                 let mark = ignore.and_then(|mark| <$type>::try_from(mark).ok());
-                let (marks, mark) = (mark.is_some(), mark.unwrap_or_default());
-                let (mut bad, mut any, dst) = (false, false, &mut dst[..(n - 1) * $step + 1]);
+                let (marks, mark) = (-i64::from(mark.is_some()), mark.unwrap_or_default());
+                let last = (limit as i64).wrapping_sub(1);
+                let (mut bad, mut any, dst) = (0, 0, &mut dst[..(n - 1) * $step + 1]);
                 for i in 0..n {
                     // SAFETY: element i of the run that was checked; unaligned reads take any address.
                     let raw = unsafe { ptr.offset(i as isize * $stride).cast::<$type>().read_unaligned() };
                     let x = if self.swapped { raw.swap_bytes() } else { raw };
-                    let ignored = marks & (x == mark);
-                    // Negative numbers become large ones.
-                    let outside = !ignored & (x as i64 as u64 >= limit as u64);
-                    bad |= outside;
+                    // Masks of 64 bits; below 0 if a number is, or what is left up to the last one.
+                    let ignored = -i64::from(x == mark) & marks;
+                    let x = x as i64;
+                    bad |= (x | last.wrapping_sub(x)) & !ignored;
                     any |= ignored;
-                    dst[i * $step] = if ignored { none } else { x as i64 };
+                    dst[i * $step] = (x & !ignored) | (none & ignored);
                 }
-                (bad, any)
+                (bad < 0, any != 0)
             }};
         }
         let (bad, any) = match self.dtype {

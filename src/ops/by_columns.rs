@@ -16,7 +16,7 @@ use super::scratch::{Buffer, Buffers, Scratch, Work, room};
 use super::source::unbend_patches;
 use super::straight::{self, Land, Take};
 use super::stream::{Spread, dense_column, is_probs, shared_stream, spreads};
-use super::strip::{Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets, weighed};
+use super::strip::{Count, Finish, Strip, Total, collect, ignored, leave_out, left_out, prepare, settle, targets, weighed};
 use super::tiles::LANES;
 
 /// Bytes of a tile: it stays in L1 beside the coefficients of its rows.
@@ -186,7 +186,7 @@ pub(super) fn run<T: Work>(job: &Job, first: usize, last: usize, threads: usize,
             // Vectors of adjacent rows carry ignored ones along.
             let inner = job.rows.inner_len();
             let run = width.min(last - row).min(inner - row % inner);
-            (kept[..run]).iter_mut().zip(row..).for_each(|(kept, row)| *kept = row);
+            job.level.run(Count(row, &mut kept[..run]));
             (start, row) = (row, row + run);
             n = if job.weights.all || (start..row).any(|row| job.kept(row)) { run } else { 0 };
         } else {

@@ -176,12 +176,23 @@ impl Kernel for Sum<'_> {
     }
 }
 
+/// Counts up.
+pub(super) struct Count<'s>(pub(super) usize, pub(super) &'s mut [usize]);
+
+impl Kernel for Count<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, _isa: S) {
+        self.1.iter_mut().zip(self.0..).for_each(|(to, number)| *to = number);
+    }
+}
+
 /// Puts the rows from `row` up to `last` that count into `kept`, as many as there is room for: their number, and the first row not looked at.
 pub(super) fn collect(job: &Job, mut row: usize, last: usize, kept: &mut [usize]) -> (usize, usize) {
     let mut n = 0;
     if job.weights.all {
         n = kept.len().min(last - row);
-        kept[..n].iter_mut().zip(row..).for_each(|(kept, row)| *kept = row);
+        job.level.run(Count(row, &mut kept[..n]));
         return (n, row + n);
     }
     while row < last && n < kept.len() {
