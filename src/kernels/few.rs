@@ -109,7 +109,7 @@ impl<T: Summand> Kernel for Few<'_, T> {
         if smooth.is_some() {
             distances::<S, T>(isa, x.read(), rows);
         } else if x.read().classes() == 2 {
-            return pairs::<S, T>(isa, scale, gradient, x, rows);
+            return pairs::<S, T>(isa, scale, gradient, x, rows, ahead);
         }
         // Several loops: each is short enough for the processor to have several vectors of rows in flight.
         if gradient {
@@ -420,7 +420,7 @@ fn transform<S: Isa, T: Summand>(isa: S, want: Want, x: ColumnsMut<T>, rows: Row
 
 /// All of it for two classes. A gradient takes the place of the logits. Whether rows were left.
 #[inline(always)]
-fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, x: ColumnsMut<T>, rows: Rows<T>) -> bool {
+fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, x: ColumnsMut<T>, rows: Rows<T>, mut ahead: Runs) -> bool {
     let (step, exp) = (Vf::<S, T>::LANES, Exp::<Vf<S, T>>::new(isa, scale));
     let (zero, one, bad) = (splat::<S, T>(isa, 0.0), splat::<S, T>(isa, 1.0), splat::<S, T>(isa, f64::NAN));
     let limit = splat::<S, T>(isa, T::LIMIT.to_f64() / scale);
@@ -429,6 +429,7 @@ fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, x: ColumnsMut<T
     for i in 0..rows.class.len() / step {
         let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
         let (x0, x1) = (x.read().load_whole(isa, 0, j), x.read().load_whole(isa, 1, j));
+        ahead.ask_for(isa, 2);
         // In these orders one of them is NaN if a logit is.
         let (max, other) = (x0.max(x1), x1.min(x0));
         let origin = Vf::<S, T>::select(max.abs().le(limit), max, zero);
