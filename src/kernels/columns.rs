@@ -37,21 +37,23 @@ pub struct Origin {
     pub class: isize,
     /// Bytes from column to column.
     pub column: isize,
+    /// Bytes from there to something else that lies alike and is asked for, too, or 0.
+    pub also: isize,
 }
 
 impl Origin {
-    /// Asks for `count` classes from `first` on of column `j`, which need not be there.
+    /// Asks for class `c` of column `j`, which need not be there.
     #[inline(always)]
-    pub(super) fn ask<S: Isa>(self, isa: S, first: usize, count: usize, j: usize) {
-        for c in first..first + count {
-            isa.prefetch(self.base.wrapping_offset(c as isize * self.class).wrapping_offset(j as isize * self.column));
-        }
+    pub(super) fn ask<S: Isa>(self, isa: S, c: usize, j: usize) {
+        self.ask_at(isa, self.base.wrapping_offset(c as isize * self.class).wrapping_offset(j as isize * self.column));
     }
 
-    /// `count` classes from `first` on, of `width` columns from `from` on.
-    fn runs(self, first: usize, count: usize, from: usize, width: usize) -> Runs {
-        let at = self.base.wrapping_offset(first as isize * self.class).wrapping_offset(from as isize * self.column);
-        Runs::new(at, width * self.column.unsigned_abs(), (self.class, count))
+    #[inline(always)]
+    fn ask_at<S: Isa>(self, isa: S, at: *const u8) {
+        isa.prefetch(at);
+        if self.also != 0 {
+            isa.prefetch(at.wrapping_offset(self.also));
+        }
     }
 
     /// Asks for four vectors of class `c` from column `j` on.
@@ -59,7 +61,7 @@ impl Origin {
     pub(super) fn ask_four<S: Isa, T: Float>(self, isa: S, c: usize, j: usize) {
         let at = self.base.wrapping_offset(c as isize * self.class).wrapping_offset(j as isize * self.column);
         for byte in (0..4 * Vf::<S, T>::LANES * size_of::<T>()).step_by(64) {
-            isa.prefetch(at.wrapping_add(byte));
+            self.ask_at(isa, at.wrapping_add(byte));
         }
     }
 }
@@ -203,7 +205,7 @@ pub struct Reduce<'a, T> {
     pub blocks: &'a mut dyn Blocks<T>,
     /// Where they come from, if that is to be asked for.
     pub origin: Option<Origin>,
-    /// To be asked for while the only block, or the last one, is computed with.
+    /// To be asked for while the only block is computed with.
     pub ahead: Runs,
 }
 
@@ -238,16 +240,16 @@ pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
                 (true, false) => Dense::Shared(Span::of(&shared[first..first + count])),
                 (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
             };
-            if let Some(origin) = origin {
-                ahead = origin.runs(first + count, depth.min(classes - first - count), from, wide);
-            }
             // Two loops: each is short enough for the processor to have several groups in flight.
             for group in 0..wide / step {
                 let (state, linear) = (&mut states[group], &mut linears[group]);
                 raise::<S, T>(isa, &exp, scale, block.read(), first, at + group * step, state, lin.then_some(linear));
             }
             for group in 0..wide / step {
-                ahead.ask_for(isa, count);
+                match origin {
+                    Some(origin) => (first + count..first + 2 * count).for_each(|c| origin.ask(isa, c, from + group * step)),
+                    None => ahead.ask_for(isa, count),
+                }
                 let (state, linear, at) = (&mut states[group], &mut linears[group], at + group * step);
                 if lin {
                     sum_block::<S, T, true>(isa, &exp, store, block, first, at, stream, state, linear);

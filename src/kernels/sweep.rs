@@ -149,7 +149,7 @@ impl Ahead {
     /// Runs of `width` columns of class `c` and those after it.
     #[inline(always)]
     fn new<S: Isa, T: Float>(next: Option<Origin>, c: usize, width: usize) -> Self {
-        let next = next.unwrap_or(Origin { base: core::ptr::null(), class: 0, column: 0 });
+        let next = next.unwrap_or(Origin { base: core::ptr::null(), class: 0, column: 0, also: 0 });
         let first = next.base.wrapping_offset(c as isize * next.class) as usize;
         let column = next.column.unsigned_abs();
         let (at, run) = (first - first % 64, (first % 64 + width * column).next_multiple_of(64));
@@ -455,7 +455,7 @@ fn emit<S: Isa, T: Summand, const LOG: bool>(isa: S, job: Carry<T>, dense: Dense
                 continue;
             }
             if let Some(next) = next {
-                next.ask(isa, c, 1, j);
+                next.ask(isa, c, j);
             }
             let formula = Formula::<S, T>::load(isa, formulas, at.index);
             let mut v = formula.of::<LOG>(&exp, scale, limit, x.load_some(isa, c, (j, n)));

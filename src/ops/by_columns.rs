@@ -59,23 +59,35 @@ impl<T: Work> Kernel for Emit<'_, T> {
     }
 }
 
-/// The next strip, and where the results of this one go if they lie alike. Rows are one stretch of memory: the processor reads it ahead by itself, but from
-/// memory not far enough.
-pub(super) fn ahead(strip: &Strip) -> Runs {
+/// How a strip lies: bytes of a run, and from run to run, and their number.
+type Lie = (usize, (isize, usize));
+
+/// Rows are one stretch of memory: the processor reads it ahead by itself, but from memory not far enough.
+fn lie(strip: &Strip, operand: usize, path: Path) -> Option<Lie> {
     let Strip { job, kept, .. } = *strip;
     let (classes, size) = (job.classes.size, job.x.dtype().size());
-    let lie = |operand: usize, path: Path| match strip.path(path) {
+    match strip.path(path) {
         Path::Columns => Some((kept.len() * size, (job.classes.inner_stride(operand), classes))),
         Path::Rows if job.far && strip.adjacent(operand, classes, size) => Some((kept.len() * classes * size, (0, 1))),
         _ => None,
-    };
-    let Some((bytes, classes)) = lie(X, job.tile_read) else { return Runs::NONE };
-    let next = Runs::new(job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes), bytes, classes);
-    let alike = |out: &&Array| out.dtype() == job.x.dtype() && lie(OUT, job.tile_write) == Some((bytes, classes)) && !out.starts_as(job.x);
-    match job.out.map(Out::array).filter(alike) {
-        Some(out) => next.and(out.address(job.rows.offset(OUT, kept[0]))),
-        None => next,
     }
+}
+
+/// Where the results of a strip go, if they lie like its logits, but elsewhere.
+fn results(strip: &Strip) -> Option<*const u8> {
+    let job = strip.job;
+    let alike = |out: &&Array| {
+        out.dtype() == job.x.dtype() && lie(strip, OUT, job.tile_write) == lie(strip, X, job.tile_read) && !out.starts_as(job.x)
+    };
+    Some(job.out.map(Out::array).filter(alike)?.address(job.rows.offset(OUT, strip.kept[0])))
+}
+
+/// The next strip, and where the results of this one go.
+pub(super) fn ahead(strip: &Strip) -> Runs {
+    let Strip { job, kept, .. } = *strip;
+    let Some((bytes, classes)) = lie(strip, X, job.tile_read) else { return Runs::NONE };
+    let next = Runs::new(job.x.address(job.rows.offset(X, kept[0])).wrapping_add(bytes), bytes, classes);
+    results(strip).map_or(next, |to| next.and(to))
 }
 
 /// The operands of a strip, block by block.
@@ -276,6 +288,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
         base: job.x.address(job.rows.offset(X, kept[0])),
         class: job.classes.inner_stride(X),
         column: job.x.dtype().size() as isize,
+        also: 0,
     };
     let origin = (!few && strip.path(job.tile_read) == Path::Columns).then_some(from);
     let ahead = if few { ahead(strip) } else { Runs::NONE };
@@ -327,6 +340,9 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
         let most = if job.kind == Kind::Softmax { 1.0 } else { f64::INFINITY };
         let depth = if few || !linear.0 { depth } else { columns::block_of(classes) };
         operands.from = 0;
+        // Where the results of a block go, to be asked for beside the logits of the next one. Halves are written past the caches no faster.
+        let stream = !few && strip.streams() && job.x.dtype() == T::DTYPE;
+        let to = results(strip).filter(|_| !stream && strip.path(job.tile_read) == Path::Columns);
         for first in (0..classes).step_by(depth) {
             let count = depth.min(classes - first);
             if !few {
@@ -335,14 +351,18 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
                     operands.dense(strip, dense, (first, count));
                 }
             }
-            let stream = match linear {
+            let dense = match linear {
                 (false, _) => Dense::None,
                 (true, false) => Dense::Shared(Span::of(&shared[first..first + count])),
                 (true, true) => Dense::Tile(Columns::of(dense, stride, count, stride)),
             };
             let tiled = ColumnsMut::of(x, stride, count, stride);
-            let carry = Carry { scale, x: tiled.read(), out: tiled, stream: false, next: later(first + count), formulas };
-            job.level.run(Emit { carry, dense: stream, tile, log, stored, most });
+            let next = later(first + count).map(|next| {
+                let block = |to: *const u8| to.wrapping_offset(first as isize * next.class) as isize;
+                Origin { also: to.map_or(0, |to| block(to).wrapping_sub(next.base as isize)), ..next }
+            });
+            let carry = Carry { scale, x: tiled.read(), out: tiled, stream: false, next, formulas };
+            job.level.run(Emit { carry, dense, tile, log, stored, most });
             if high {
                 columns::lift(tiled, tile);
             }
@@ -355,7 +375,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, width: usize, scratch: &mut Scratch,
                     (0..count).for_each(|c| x[c * stride + slot] = T::ZERO);
                 }
             }
-            strip.empty::<T>(out, (first, count), (x, stride), !few && strip.streams(), operands.offsets, operands.flat);
+            strip.empty::<T>(out, (first, count), (x, stride), stream, operands.offsets, operands.flat);
         }
     }
     settle(strip, tile, total);

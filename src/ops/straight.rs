@@ -91,7 +91,7 @@ pub(super) fn strip<T: Work>(strip: &Strip, threads: usize, scratch: &mut Scratc
     let origin = |class: usize, step: isize| {
         let stride = job.classes.inner_stride(X);
         let base = job.x.address(job.rows.offset(X, kept[0])).wrapping_offset(class as isize * stride);
-        Some(Origin { base, class: step * stride, column: size_of::<T>() as isize })
+        Some(Origin { base, class: step * stride, column: size_of::<T>() as isize, also: 0 })
     };
     let parts = parts(classes);
     let [pitch, wide] = sweep::room(n);
