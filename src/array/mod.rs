@@ -294,10 +294,11 @@ impl<'a> Array<'a> {
     }
 
     /// Reads class indices, each once: those equal to `ignore` become `none`, the lowest number. Gives one that is not below `limit` with its position,
-    /// and whether any is ignored.
+    /// and whether any is ignored. `apart`: runs without gaps, of the usual types, have loops of their own.
     #[inline(always)]
     pub(crate) fn read_classes(
         &self,
+        apart: bool,
         offset: isize,
         stride: isize,
         n: usize,
@@ -316,41 +317,43 @@ impl<'a> Array<'a> {
         let ptr = unsafe { self.ptr.offset(offset) };
         macro_rules! copy {
             ($type:ty) => {
-                // The usual case apart, for constant strides.
-                if stride == size_of::<$type>() as isize && step == 1 {
+                copy!($type, stride, step)
+            };
+            // For constant strides, which vectors are made of.
+            (usual $type:ty) => {
+                if apart && stride == size_of::<$type>() as isize && step == 1 {
                     copy!($type, size_of::<$type>() as isize, 1)
                 } else {
-                    copy!($type, stride, step)
+                    copy!($type)
                 }
             };
             ($type:ty, $stride:expr, $step:expr) => {{
                 // A mark that the type cannot hold marks nothing.
                 let mark = ignore.and_then(|mark| <$type>::try_from(mark).ok());
-                let (marks, mark) = (-i64::from(mark.is_some()), mark.unwrap_or_default());
-                let last = (limit as i64).wrapping_sub(1);
-                let (mut bad, mut any, dst) = (0, 0, &mut dst[..(n - 1) * $step + 1]);
+                let (marks, mark) = (mark.is_some(), mark.unwrap_or_default());
+                let (mut bad, mut any, dst) = (false, false, &mut dst[..(n - 1) * $step + 1]);
                 for i in 0..n {
                     // SAFETY: element i of the run that was checked; unaligned reads take any address.
                     let raw = unsafe { ptr.offset(i as isize * $stride).cast::<$type>().read_unaligned() };
                     let x = if self.swapped { raw.swap_bytes() } else { raw };
-                    // Masks of 64 bits; below 0 if a number is, or what is left up to the last one.
-                    let ignored = -i64::from(x == mark) & marks;
-                    let x = x as i64;
-                    bad |= (x | last.wrapping_sub(x)) & !ignored;
+                    let ignored = marks & (x == mark);
+                    // Negative numbers become large ones.
+                    let outside = !ignored & (x as i64 as u64 >= limit as u64);
+                    bad |= outside;
                     any |= ignored;
-                    dst[i * $step] = (x & !ignored) | (none & ignored);
+                    dst[i * $step] = if ignored { none } else { x as i64 };
                 }
-                (bad < 0, any != 0)
+                (bad, any)
             }};
         }
         let (bad, any) = match self.dtype {
             DType::I8 => copy!(i8),
-            DType::I16 => copy!(i16),
-            DType::I32 => copy!(i32),
-            DType::I64 => copy!(i64),
-            DType::U8 => copy!(u8),
-            DType::U16 => copy!(u16),
-            DType::U32 => copy!(u32),
+            DType::I16 => copy!(usual i16),
+            DType::I32 => copy!(usual i32),
+            DType::I64 => copy!(usual i64),
+            DType::U8 => copy!(usual u8),
+            DType::U16 => copy!(usual u16),
+            DType::U32 => copy!(usual u32),
             DType::U64 => copy!(u64),
             _ => return (Some((0, 0)), false),
         };

@@ -138,7 +138,7 @@ pub(super) fn small(exec: &Exec, x: &Array, y: &Array, ignore: Option<i64>, out:
         return None;
     }
     let mut class = [0; SMALL];
-    if y.read_classes(0, 8, n, classes, ignore, NONE, &mut class, 1) != (None, false) {
+    if y.read_classes(false, 0, 8, n, classes, ignore, NONE, &mut class, 1) != (None, false) {
         return None;
     }
     let mut target = [0.0; SMALL];

@@ -168,7 +168,7 @@ impl Kernel for Read<'_, '_> {
     #[inline(always)]
     fn run<S: Isa>(self, _isa: S) -> Findings {
         let (offset, stride, n) = self.run;
-        self.array.read_classes(offset, stride, n, self.classes, self.ignore, NONE, self.dst, self.step)
+        self.array.read_classes(S::LEVEL != Level::Scalar, offset, stride, n, self.classes, self.ignore, NONE, self.dst, self.step)
     }
 }
 
