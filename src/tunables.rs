@@ -12,8 +12,8 @@ pub struct Tunables {
     pub threads_from: usize,
     /// Results that, with what is read, take at least so many bytes are written past the caches where the arithmetic allows it.
     pub stream_from: usize,
-    /// Results of at least so many bytes whose rows are adjacent are written past the caches: each class is another stretch of memory, and reading
-    /// the lines first takes longer than the computation.
+    /// Results of more classes than a tile has, of at least so many bytes, whose rows are adjacent, are written past the caches: each class is another
+    /// stretch of memory.
     pub stream_columns_from: usize,
     /// Results that, with what is read, take at least so many bytes are in no cache: their lines are asked for before they are written.
     pub ask_from: usize,
