@@ -352,8 +352,8 @@ impl<'a> Array<'a> {
             DType::I32 => copy!(usual i32),
             DType::I64 => copy!(usual i64),
             DType::U8 => copy!(usual u8),
-            DType::U16 => copy!(usual u16),
-            DType::U32 => copy!(usual u32),
+            DType::U16 => copy!(u16),
+            DType::U32 => copy!(u32),
             DType::U64 => copy!(u64),
             _ => return (Some((0, 0)), false),
         };

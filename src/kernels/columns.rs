@@ -115,9 +115,8 @@ impl Runs {
         for line in 0..lines {
             let at = self.at.wrapping_add(self.done + 64 * line + 63);
             isa.prefetch(at);
-            if self.also != 0 {
-                isa.prefetch(at.wrapping_offset(self.also));
-            }
+            // The same line again where there is nothing else: a choice would cost as much.
+            isa.prefetch(at.wrapping_offset(self.also));
         }
         self.done += 64 * lines;
         if self.done >= self.bytes {

@@ -429,7 +429,8 @@ fn pairs<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, x: ColumnsMut<T
     for i in 0..rows.class.len() / step {
         let (class, j) = (rows.class.nth(i, step).load(isa, 0), i * step);
         let (x0, x1) = (x.read().load_whole(isa, 0, j), x.read().load_whole(isa, 1, j));
-        ahead.ask_for(isa, 2);
+        ahead.ask(isa);
+        ahead.ask(isa);
         // In these orders one of them is NaN if a logit is.
         let (max, other) = (x0.max(x1), x1.min(x0));
         let origin = Vf::<S, T>::select(max.abs().le(limit), max, zero);

@@ -1,74 +1,122 @@
 //! Vector-Jacobian products of softmax and log-softmax, and the loss of given log-probabilities.
 
+use core::marker::PhantomData;
+use core::ops::Range;
 use std::sync::Mutex;
 
-use crate::array::{Array, DType, FromNumber, Out, Span, SpanMut, Vf};
+use crate::array::{Array, DType, Element, Out, RowsMut, Span, SpanMut, Vf};
 use crate::kernels::math::{Exp, exp_full};
-use crate::kernels::state::{Pair, Summand, Wide};
-use crate::simd::{Isa, Kernel, Vector};
+use crate::kernels::state::{Pair, Wide};
+use crate::simd::{Isa, Kernel, Level, Vector};
 use crate::threads;
 
 use super::api::{Error, Exec, Grad, GradOutput, LossOptions, Reduction, Target};
 use super::plan::{Axes, with_axes};
+use super::scratch::{OfType, Work};
+use super::source::line;
 use super::targets::{Labels, RowWeights, filled, read_optional, row_shape};
+use super::tiles::Move;
 
 const BLOCK: usize = 512;
 const TASK: usize = 1 << 15;
 
-/// One row: `p·(g − Σ g·p)`, or `g − exp(lp)·Σ g`.
-struct Row<'a, T> {
+/// Rows: `p·(g − Σ g·p)`, or `g − exp(lp)·Σ g`.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
     log: bool,
+    level: Level,
     g: &'a Array<'a>,
     p: &'a Array<'a>,
     out: &'a Out<'a>,
     classes: &'a Axes,
-    bases: [isize; 3],
-    scratch: core::marker::PhantomData<T>,
+    others: &'a Axes,
+    /// Whether vectors can move g, p and the result.
+    lines: [bool; 3],
 }
 
-fn gather<T: FromNumber>(array: &Array, operand: usize, classes: &Axes, base: isize, start: usize, dst: &mut [T]) {
-    classes.runs(operand, start, dst.len(), |offset, stride, at, n| array.read(base + offset, stride, n, &mut dst[at..], 1));
+/// Whether the classes of an operand are adjacent.
+fn adjacent(array: &Array, operand: usize, classes: &Axes) -> bool {
+    array.is_plain() && classes.is_line() && classes.inner_stride(operand) == array.dtype().size() as isize
 }
 
-impl<T: Summand + FromNumber> Kernel for Row<'_, T> {
+impl Rows<'_> {
+    /// Classes from `start` on of g or p.
+    fn read<T: Work>(&self, operand: usize, row: usize, start: usize, dst: &mut [T]) {
+        let (array, base) = ([self.g, self.p][operand], self.others.offset(operand, row));
+        if self.lines[operand] {
+            let size = array.dtype().size();
+            return line(self.level, array, base + (start * size) as isize, false, (dst.len() * size) as isize, dst);
+        }
+        self.classes.runs(operand, start, dst.len(), |offset, stride, at, n| array.read(base + offset, stride, n, &mut dst[at..], 1));
+    }
+
+    fn write<T: Work>(&self, row: usize, start: usize, src: &[T]) {
+        let (base, dtype) = (self.others.offset(2, row), self.out.array().dtype());
+        if self.lines[2] && dtype.row_dtype() == T::DTYPE {
+            let offset = base + (start * dtype.size()) as isize;
+            return T::of_type(dtype, Narrow { level: self.level, out: self.out, offset, src });
+        }
+        self.classes.runs(2, start, src.len(), |offset, stride, at, n| self.out.write(base + offset, stride, n, &src[at..], 1));
+    }
+}
+
+/// A run of the result.
+struct Narrow<'s, 'a, T> {
+    level: Level,
+    out: &'s Out<'a>,
+    offset: isize,
+    src: &'s [T],
+}
+
+impl<T: Work> OfType<T> for Narrow<'_, '_, T> {
+    fn run<E: Element<Acc = T>>(self) {
+        let dst = RowsMut::single(self.out.span::<E>(self.offset, self.src.len()));
+        self.level.run(Move::<E, T>::Narrow(Span::of(self.src), dst));
+    }
+}
+
+/// Some of them, computed in `T`.
+struct Part<'a, T>(Rows<'a>, Range<usize>, PhantomData<T>);
+
+impl<T: Work> Kernel for Part<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, isa: S) {
-        let step = Vf::<S, T>::LANES;
+        let (Self(rows, some, _), step) = (self, Vf::<S, T>::LANES);
         let exp = Exp::<Vf<S, T>>::new(isa, 1.0);
         let (mut g, mut p) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
-        let size = self.classes.size;
-        let mut sum = Wide::zero(isa);
-        for start in (0..size).step_by(BLOCK) {
-            let n = BLOCK.min(size - start);
-            gather(self.g, 0, self.classes, self.bases[0], start, &mut g[..n]);
-            if !self.log {
-                gather(self.p, 1, self.classes, self.bases[1], start, &mut p[..n]);
+        let size = rows.classes.size;
+        let once = size <= BLOCK;
+        for row in some {
+            let mut sum = Wide::zero(isa);
+            for start in (0..size).step_by(BLOCK) {
+                let n = BLOCK.min(size - start);
+                rows.read(0, row, start, &mut g[..n]);
+                if once || !rows.log {
+                    rows.read(1, row, start, &mut p[..n]);
+                }
+                // What is not there adds nothing.
+                g[n..n.next_multiple_of(step)].fill(T::ZERO);
+                p[n..n.next_multiple_of(step)].fill(T::ZERO);
+                for i in (0..n).step_by(step) {
+                    let v = Span::of(&g).load(isa, i);
+                    T::add(isa, &mut sum, if rows.log { v } else { v * Span::of(&p).load(isa, i) });
+                }
             }
-            let mut i = 0;
-            while i < n {
-                let lanes = step.min(n - i);
-                let v = Span::of(&g).load_partial(isa, i, lanes, T::ZERO);
-                let v = if self.log { v } else { v * Span::of(&p).load_partial(isa, i, lanes, T::ZERO) };
-                T::add(isa, &mut sum, v);
-                i += lanes;
+            let total = Vf::<S, T>::splat(isa, T::from_f64(T::total(sum).value()));
+            for start in (0..size).step_by(BLOCK) {
+                let n = BLOCK.min(size - start);
+                if !once {
+                    rows.read(0, row, start, &mut g[..n]);
+                    rows.read(1, row, start, &mut p[..n]);
+                }
+                for i in (0..n).step_by(step) {
+                    let (gv, pv) = (Span::of(&g).load(isa, i), Span::of(&p).load(isa, i));
+                    let v = if rows.log { gv - exp_full(isa, &exp, pv) * total } else { pv * (gv - total) };
+                    SpanMut::of(&mut p).store(isa, i, v);
+                }
+                rows.write(row, start, &p[..n]);
             }
-        }
-        let total = Vf::<S, T>::splat(isa, T::from_f64(T::total(sum).value()));
-        for start in (0..size).step_by(BLOCK) {
-            let n = BLOCK.min(size - start);
-            gather(self.g, 0, self.classes, self.bases[0], start, &mut g[..n]);
-            gather(self.p, 1, self.classes, self.bases[1], start, &mut p[..n]);
-            let mut i = 0;
-            while i < n {
-                let lanes = step.min(n - i);
-                let gv = Span::of(&g).load_partial(isa, i, lanes, T::ZERO);
-                let pv = Span::of(&p).load_partial(isa, i, lanes, T::ZERO);
-                let v = if self.log { gv - exp_full(isa, &exp, pv) * total } else { pv * (gv - total) };
-                SpanMut::of(&mut p).store_partial(isa, i, lanes, v);
-                i += lanes;
-            }
-            self.classes.runs(2, start, n, |offset, stride, at, count| self.out.write(self.bases[2] + offset, stride, count, &p[at..], 1));
         }
     }
 }
@@ -87,16 +135,16 @@ fn vjp(exec: &Exec, g: &Array, p: &Array, axis: usize, out: &Out, log: bool) -> 
     let strides = [g.strides(), p.strides(), out.array().strides()];
     let classes = Axes::new(shape, &strides, core::iter::once(axis));
     let rows = Axes::new(shape, &strides, (0..shape.len()).filter(|&a| a != axis));
+    let lines = [adjacent(g, 0, &classes), adjacent(p, 1, &classes), adjacent(out.array(), 2, &classes)];
+    let all = Rows { log, level: exec.level, g, p, out, classes: &classes, others: &rows, lines };
     let per_task = (TASK / classes.size.max(1)).max(1);
     threads::for_each(exec.threads, rows.size.div_ceil(per_task), &|task| {
-        for row in task * per_task..rows.size.min((task + 1) * per_task) {
-            let bases = [rows.offset(0, row), rows.offset(1, row), rows.offset(2, row)];
-            // A float64 upstream gradient keeps its digits until the one rounding of the result.
-            if p.dtype() == DType::F64 || g.dtype() == DType::F64 {
-                exec.level.run(Row::<f64> { log, g, p, out, classes: &classes, bases, scratch: core::marker::PhantomData });
-            } else {
-                exec.level.run(Row::<f32> { log, g, p, out, classes: &classes, bases, scratch: core::marker::PhantomData });
-            }
+        let some = task * per_task..rows.size.min((task + 1) * per_task);
+        // A float64 upstream gradient keeps its digits until the one rounding of the result.
+        if p.dtype() == DType::F64 || g.dtype() == DType::F64 {
+            exec.level.run(Part::<f64>(all, some, PhantomData));
+        } else {
+            exec.level.run(Part::<f32>(all, some, PhantomData));
         }
     });
     Ok(())
