@@ -77,7 +77,7 @@ impl Kernel for RunLog1p<'_> {
         let (x, out) = (Span::of(self.x), SpanMut::of(self.out));
         let mut i = 0;
         while i < x.len() {
-            out.store(isa, i, log1p(isa, x.load::<S>(isa, i)));
+            out.store(isa, i, log1p(isa, x.load::<S>(isa, i), S::F64::splat(isa, 0.0)));
             i += lanes;
         }
     }
@@ -738,7 +738,7 @@ impl<T: Real> Kernel for Both<'_, T> {
     fn run<S: Isa>(self, isa: S) {
         let (x, out) = (Span::of(self.0), SpanMut::of(self.1));
         for i in (0..x.len()).step_by(T::V::<S>::LANES) {
-            let (log, inverse) = log1p_inverse(isa, x.load(isa, i), self.2, None);
+            let (log, inverse) = log1p_inverse(isa, x.load(isa, i), None, self.2, None);
             out.store(isa, i, log);
             out.store(isa, x.len() + i, inverse);
         }

@@ -20,6 +20,7 @@ from .oracle import (
     F32,
     F64,
     assert_ulps,
+    dd_log1p,
     exact,
     exact_gradient,
     exact_loss,
@@ -111,6 +112,23 @@ def test_equal_classes_below_the_maximum(dtype, classes, axis):
         assert_ulps(ce.score_tokens(laid, y, axis=axis).logsumexp, row.logsumexp, dtype, LOSS, scale=size, what=f"{level} score")
         got = np.moveaxis(ce.softmax(laid, axis=axis), axis, -1)
         assert_ulps(got, row.probs, dtype, ENTRY, what=f"{level} softmax")
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=lambda d: d.name)
+@pytest.mark.parametrize(("classes", "seed"), [(66, 12), (66, 50), (150, 54)])
+def test_many_rows_of_one_rival(dtype, classes, seed):
+    """One class has nearly all that the maximum leaves, so that errors do not average out; and so many rows that they met in some of these once."""
+    rng = np.random.default_rng([classes, seed])
+    x = (rng.standard_normal((6000, classes)) * 9).astype(dtype)
+    row = exact(x)
+    y, want = row.top.argmax(-1), dd_log1p(row.rest)
+    for order in "CF":
+        laid = np.asarray(x, order=order)
+        for level in each_level():
+            assert_ulps(ce.cross_entropy(laid, y, reduction="none"), want, dtype, LOSS, what=f"{level} {order}")
+            assert_ulps(-ce.log_softmax(laid)[np.arange(len(y)), y], want, dtype, LOSS, what=f"{level} {order} log_softmax")
+            assert_ulps(-ce.score_tokens(laid, y).logprob, want, dtype, LOSS, what=f"{level} {order} score")
+            assert_ulps(-ce.topk_logprobs(laid, 1)[0][:, 0], want, dtype, LOSS, what=f"{level} {order} top")
 
 
 @cases

@@ -268,6 +268,7 @@ pub fn reduce<S: Isa, T: Summand>(isa: S, job: Reduce<T>, tile: &mut Tile) {
             T::store_wide(isa, state.k, SpanMut::of(&mut tile.k), j);
             T::store_wide(isa, state.b, SpanMut::of(&mut tile.b), j);
             T::store_columns(isa, state.rest, SpanMut::of(&mut tile.rest), j);
+            T::store_lost(isa, state.rest, SpanMut::of(&mut tile.lost), j);
             if lin {
                 T::store_wide(isa, linear.arg, SpanMut::of(&mut tile.arg), j);
                 T::store_columns(isa, linear.lin, SpanMut::of(&mut tile.lin), j);

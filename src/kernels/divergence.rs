@@ -562,5 +562,5 @@ fn excess(w: f64) -> f64 {
 /// The logarithm of a number that is not negative.
 #[inline(never)]
 fn ln(x: f64) -> f64 {
-    if x >= 1.0 { ln_1p(Scalar, x - 1.0) } else { -ln_1p(Scalar, (1.0 - x) / x) }
+    if x >= 1.0 { ln_1p(Scalar, x - 1.0, 0.0) } else { -ln_1p(Scalar, (1.0 - x) / x, 0.0) }
 }

@@ -348,7 +348,7 @@ fn lose<S: Isa, T: Summand>(isa: S, scale: f64, gradient: bool, smooth: Option<S
         if smooth.is_some() {
             (far, plus) = (far * keep, rows.far.read().nth(i, step).load(isa, 0) * (share * scale));
         }
-        let odds = Odds::and(isa, others, T::DTYPE == DType::F64, Some(plus));
+        let odds = Odds::and(isa, others, None, T::DTYPE == DType::F64, Some(plus));
         let good = zero.lt(ties).and(others.eq(others));
         let value = Vf::<S, T>::select(good, odds.loss(far * scale, one), bad);
         T::store_wide(isa, value, rows.loss.nth(i, step), 0);

@@ -30,6 +30,8 @@ pub struct Tile {
     pub k: Vec<f64>,
     pub b: Vec<f64>,
     pub rest: Vec<f64>,
+    /// What rounding took off that: of float64 alone.
+    pub lost: Vec<f64>,
     pub lin: Vec<f64>,
     pub t_rest: Vec<f64>,
     pub t_top: Vec<f64>,
@@ -81,6 +83,7 @@ impl Tile {
             &mut self.k,
             &mut self.b,
             &mut self.rest,
+            &mut self.lost,
             &mut self.lin,
             &mut self.t_rest,
             &mut self.t_top,
@@ -156,13 +159,13 @@ where
 {
     #[inline(always)]
     pub(super) fn of(isa: V::Isa, others: V, closely: bool) -> Self {
-        Self::and(isa, others, closely, None)
+        Self::and(isa, others, None, closely, None)
     }
 
-    /// The same, and something that is added to `log_sum`, see [`log1p_inverse`].
+    /// The same, with what `others` has lost and something that is added to `log_sum`, see [`log1p_inverse`].
     #[inline(always)]
-    pub(super) fn and(isa: V::Isa, others: V, closely: bool, plus: Option<V>) -> Self {
-        let (log_sum, p_max) = log1p_inverse(isa, others, closely, plus);
+    pub(super) fn and(isa: V::Isa, others: V, lost: Option<V>, closely: bool, plus: Option<V>) -> Self {
+        let (log_sum, p_max) = log1p_inverse(isa, others, lost, closely, plus);
         Self { others, log_sum, p_max }
     }
 
@@ -204,7 +207,13 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         // 1/e(max) as an exponential of its own: it saves two divisions.
         let over_max = exp.over_at(origin - b, Span::of(&tile.k).load(isa, r));
         SpanMut::of(&mut tile.a).store(isa, r, over_max.times(one));
-        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + over_max.times(Span::of(&tile.rest).load(isa, r)));
+        let (rest, mut lost) = (Span::of(&tile.rest).load(isa, r), zero);
+        let mut others = over_max.times(rest);
+        if closely {
+            (others, lost) = over_max.times_exactly(rest, Span::of(&tile.lost).load(isa, r));
+        }
+        SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + others);
+        SpanMut::of(&mut tile.log_sum).store(isa, r, lost);
     }
     let mut r = first;
     while r < end {
@@ -213,7 +222,9 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         let k = Span::of(&tile.k).load(isa, r);
         let b = Span::of(&tile.b).load(isa, r);
         let rest = Span::of(&tile.rest).load(isa, r);
-        let (over_max, odds) = (Span::of(&tile.a).load(isa, r), Odds::of(isa, Span::of(&tile.lse).load(isa, r), closely));
+        let over_max = Span::of(&tile.a).load(isa, r);
+        let (others, lost) = (Span::of(&tile.lse).load(isa, r), Span::of(&tile.log_sum).load(isa, r));
+        let odds = Odds::and(isa, others, Some(lost), closely, None);
         let finite = max.abs().lt(infinity);
         let origin = S::F64::select(finite, max, b);
         // A maximum of −inf or +inf makes the row NaN, and a NaN class came in through the rest.

@@ -257,6 +257,14 @@ impl<V: Vector> Over<V> {
         x.mul_add(self.less_one, x) * self.unit
     }
 
+    /// The same with a sum and what it lost; and what the product has lost.
+    #[inline(always)]
+    pub fn times_exactly(self, sum: V, lost: V) -> (V, V) {
+        let product = sum.mul_add(self.less_one, sum);
+        // The sum less the product is exact: neither is more than twice the other.
+        (product * self.unit, (sum.mul_add(self.less_one, sum - product) + lost.mul_add(self.less_one, lost)) * self.unit)
+    }
+
     /// The same with a sum and what it lost.
     #[inline(always)]
     pub fn times_sum(self, sum: V, lost: V) -> V {
@@ -469,29 +477,33 @@ where
     e.pow2(r).scale2(n - V::select(large, one, zero)) * V::select(large, two, one)
 }
 
-/// `log(1 + r)` for r >= 0: accurate for every r down to subnormals; infinity for infinity, NaN for NaN.
+/// `log(1 + r + lost)` for r >= 0 and what roundings took off it: accurate for every r down to subnormals; infinity for infinity, NaN for NaN.
 ///
 /// With 1 + r = 2^k·(1 + f), f in [sqrt(1/2) − 1, sqrt(2) − 1], and s = f/(2 + f): log(1 + f) = 2·atanh(s), and 2s = f − s·f.
 #[inline(always)]
-pub fn log1p<V: Vector>(isa: V::Isa, r: V) -> V
+pub fn log1p<V: Vector>(isa: V::Isa, r: V, lost: V) -> V
 where
     V::Elem: Real,
 {
     let (one, two) = (V::splat(isa, V::Elem::ONE), V::splat(isa, V::Elem::from_f64(2.0)));
-    let parts = Log1p::of(isa, r);
+    let mut parts = Log1p::of(isa, r);
+    parts.lost = parts.lost + lost;
     parts.log(isa, r, one / (two + parts.f), one / parts.u, true, None)
 }
 
 /// The same and 1/(1 + r), for the price of one division, for r up to 2^100 (f32) or 2^1000 (f64). `closely`, the logarithm is hardly ever but the
-/// nearest number there is; otherwise it is within one unit, and the inverse always within half a one and a little. Where `plus` is something, that is
-/// added to the logarithm, without a rounding of its own as long as it is small.
+/// nearest number there is; otherwise it is within one unit, and the inverse always within half a one and a little. `lost` is what roundings
+/// took off r. Where `plus` is something, that is added to the logarithm, without a rounding of its own as long as it is small.
 #[inline(always)]
-pub fn log1p_inverse<V: Vector>(isa: V::Isa, r: V, closely: bool, plus: Option<V>) -> (V, V)
+pub fn log1p_inverse<V: Vector>(isa: V::Isa, r: V, lost: Option<V>, closely: bool, plus: Option<V>) -> (V, V)
 where
     V::Elem: Real,
 {
     let (one, two) = (V::splat(isa, V::Elem::ONE), V::splat(isa, V::Elem::from_f64(2.0)));
-    let parts = Log1p::of(isa, r);
+    let mut parts = Log1p::of(isa, r);
+    if let Some(lost) = lost {
+        (parts.missing, parts.lost) = (parts.missing + lost, parts.lost + lost);
+    }
     let both = one / (parts.u * (two + parts.f));
     let inverse = both * (two + parts.f);
     // Newton's step takes the roundings of both products off, and adds what is missing in u.

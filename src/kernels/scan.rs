@@ -1,7 +1,7 @@
 //! One row read block by block, by a caller that may read other rows in between: what `rows::reduce` does in one call, and on the way what
 //! scores of tokens need besides the logsumexp: the first maximum, the spread of the distribution, the place of one class, the largest classes.
 
-use crate::array::{Float, Span, Vf, lanes};
+use crate::array::{DType, Float, Span, Vf, lanes};
 use crate::simd::{Isa, Level, Mask, Scalar, Vector};
 
 use super::input::ask;
@@ -159,10 +159,14 @@ impl<S: Isa, T: Summand> Softmax<S, T> {
 
     #[inline(always)]
     pub(super) fn total(&self) -> Total {
-        let (max, rest) = (self.max.to_f64(), self.rest().value());
-        let others = (self.ties - 1.0) + rest / self.top;
-        let valid = max.is_finite() && !rest.is_nan();
-        Total { max, arg: self.arg, valid, nan: rest.is_nan(), others }
+        let (max, rest) = (self.max.to_f64(), self.rest());
+        let nan = rest.value().is_nan();
+        let valid = max.is_finite() && !nan;
+        let share = rest.hi / self.top;
+        let others = (self.ties - 1.0) + share;
+        // What the division leaves, and what the sum has lost.
+        let lost = (share.mul_add(-self.top, rest.hi) + rest.lo) / self.top;
+        Total { max, arg: self.arg, valid, nan, others, lost }
     }
 }
 
@@ -179,13 +183,15 @@ pub struct Total {
     pub nan: bool,
     /// Σ exp(x − max) without one maximum.
     pub others: f64,
+    /// What roundings took off that.
+    lost: f64,
 }
 
 impl Total {
     /// log Σ exp(x − max).
     #[inline(always)]
     pub fn log_sum<S: Isa>(&self, isa: S) -> f64 {
-        ln_1p(isa, self.others)
+        ln_1p(isa, self.others, self.lost)
     }
 
     /// log Σ exp(x), also of rows without a softmax.
@@ -205,10 +211,10 @@ impl Total {
     }
 }
 
-/// `log(1 + r)` for r >= 0.
+/// `log(1 + r)` for r >= 0 that has lost something.
 #[inline(always)]
-pub(super) fn ln_1p<S: Isa>(isa: S, r: f64) -> f64 {
-    lanes::<S, f64>(log1p(isa, S::F64::splat(isa, r)))[0]
+pub(super) fn ln_1p<S: Isa>(isa: S, r: f64, lost: f64) -> f64 {
+    lanes::<S, f64>(log1p(isa, S::F64::splat(isa, r), S::F64::splat(isa, lost)))[0]
 }
 
 /// A row of logits as they are (scale 1) and, with SPREAD, Σ p·(max − x).
@@ -303,11 +309,12 @@ fn careful<T: Float>(x: Span<T>, max: f64, reference: Reference, rest: &mut Pair
     }
 }
 
-/// Classes that are summed in one go by a loop with so many accumulators: eight additions to each. See [`super::rows::chain`].
+/// Classes that are summed in one go by a loop with so many accumulators: eight additions to each, four of float64. See [`super::rows::chain`].
 #[inline(always)]
 pub(super) fn stretch<S: Isa, T: Float>(accumulators: usize) -> usize {
     let step = Vf::<S, T>::LANES;
-    BLOCK.min(if step < 4 { 8 } else { 8 * accumulators * step })
+    let additions = if T::DTYPE == DType::F64 { 4 } else { 8 };
+    BLOCK.min(if step < 4 { 8 } else { additions * accumulators * step })
 }
 
 struct Sums<V> {

@@ -90,6 +90,12 @@ fn apart<S: Isa, T: Real>(classes: usize) -> bool {
     T::DTYPE == DType::F32 && matches!(S::LEVEL, Level::Avx2 | Level::Neon) && (chain + 1..=CHAINS * chain).contains(&classes)
 }
 
+/// Whether half of a chain's accumulators are carried on apart from the others: a rounding less, for the type whose results have no digits to spare.
+#[inline(always)]
+const fn in_halves<S: Isa, T: Real>() -> bool {
+    S::REGISTERS >= 32 && matches!(T::DTYPE, DType::F64)
+}
+
 impl<T: Summand> Kernel for Short<'_, T> {
     type Output = bool;
     #[inline(always)]
@@ -126,6 +132,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     // What is left of rows lane by lane is reduced row after row, away from the long chains of their exponentials.
     let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
     let (mut tops, mut lasts, mut rests) = ([lowest; GROUP], [lowest; GROUP], [Wide::<S>::zero(isa); GROUP]);
+    let mut others = [lowest; GROUP];
     let mut peaks = [[lowest; CHAINS]; GROUP];
     let (mut top, mut magic, mut floor) = ([T::ZERO; GROUP], [T::ZERO; GROUP], [T::ZERO; GROUP]);
     let mut left = false;
@@ -205,10 +212,21 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
             };
             tile.ties[slot] = sums.ties as f64;
             (rests[r], lasts[r], tops[r]) = (sums.rest, sums.last, sums.next);
+            if in_halves::<S, T>() {
+                others[r] = sums.other;
+            }
         }
-        for ((rest, lanes), &last) in tile.rest[first..first + n].iter_mut().zip(&mut rests).zip(&lasts) {
+        let totals = tile.rest[first..first + n].iter_mut().zip(&mut tile.lost[first..first + n]);
+        for (((rest, lost), lanes), (&last, &other)) in totals.zip(&mut rests).zip(lasts.iter().zip(&others)) {
             T::add(isa, lanes, last);
-            *rest = T::total(*lanes).value();
+            if in_halves::<S, T>() {
+                T::add(isa, lanes, other);
+            }
+            let total = T::total(*lanes);
+            *rest = total.value();
+            if T::DTYPE == DType::F64 {
+                *lost = total.lost();
+            }
         }
         first += n;
     }
@@ -234,6 +252,8 @@ struct Sums<S: Isa, T: Real> {
     /// All chains but the last one, which is added to them later: away from the long chains of exponentials, like all that is done lane by lane.
     rest: Wide<S>,
     last: Vf<S, T>,
+    /// The other half of that.
+    other: Vf<S, T>,
     ties: usize,
     next: Vf<S, T>,
 }
@@ -387,6 +407,7 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
     let tail = if STORE { end_of::<S, T, BACK>(isa, x) } else { zero };
     let mut wide = Wide::zero(isa);
     let (mut to, mut max, mut last) = (Lanes { rest: [zero; 4], next: [lowest; 4], below: 0 }, lowest, zero);
+    let mut other = zero;
     let (mut k, mut i) = (0, 0);
     while i < len {
         let end = (len / group).min(k + most);
@@ -439,8 +460,14 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
         }
         let [a, b, c, d] = to.rest;
         last = (a + b) + (c + d);
+        if in_halves::<S, T>() {
+            (last, other) = (a + b, c + d);
+        }
         if i < len {
             T::add(isa, &mut wide, last);
+            if in_halves::<S, T>() {
+                T::add(isa, &mut wide, other);
+            }
         }
         if NEXT && apart {
             let [a, b, c, d] = core::mem::replace(&mut to.next, [lowest; 4]);
@@ -452,5 +479,5 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
         let [a, b, c, d] = to.next;
         max = a.max(b).max(c.max(d));
     }
-    Sums { rest: wide, last, ties: len - to.below, next: max }
+    Sums { rest: wide, last, other, ties: len - to.below, next: max }
 }

@@ -139,6 +139,9 @@ pub trait Summand: Real {
     }
     /// The lanes' sums, rounded to float64, at `dst[j..]`; one lane per column (`LANES` of `Self`).
     fn store_columns<S: Isa>(isa: S, sum: Wide<S>, dst: SpanMut<f64>, j: usize);
+    /// What the rounding of [`Summand::store_columns`] takes off, at `dst[j..]`, for the type whose results have no digits to spare.
+    #[inline(always)]
+    fn store_lost<S: Isa>(_isa: S, _sum: Wide<S>, _dst: SpanMut<f64>, _j: usize) {}
     /// Widens a vector to `dst[j..]`.
     fn store_wide<S: Isa>(isa: S, v: Vf<S, Self>, dst: SpanMut<f64>, j: usize);
     /// Narrows `src[j..]` to a vector.
@@ -208,6 +211,11 @@ impl Summand for f64 {
         // An infinite sum has a compensation of NaN.
         let total = sum.a + sum.b;
         dst.store(isa, j, S::F64::select(sum.b.eq(sum.b), total, sum.a));
+    }
+    #[inline(always)]
+    fn store_lost<S: Isa>(isa: S, sum: Wide<S>, dst: SpanMut<f64>, j: usize) {
+        // The compensation is the smaller one.
+        dst.store(isa, j, (sum.a - (sum.a + sum.b)) + sum.b);
     }
     #[inline(always)]
     fn store_wide<S: Isa>(isa: S, v: S::F64, dst: SpanMut<f64>, j: usize) {
@@ -281,6 +289,11 @@ impl Pair {
     #[inline(always)]
     pub fn value(self) -> f64 {
         self.hi + self.lo
+    }
+    /// What rounding takes off its value.
+    #[inline(always)]
+    pub fn lost(self) -> f64 {
+        (self.hi - self.value()) + self.lo
     }
     fn settle(self) -> Self {
         let hi = self.hi + self.lo;

@@ -4,7 +4,7 @@
 //! holds the maximum. (Others that are equal to it do join: nobody counts them.) Exponentials are relative to a maximum of earlier, which is given up for
 //! a later one when that has outgrown it.
 
-use crate::array::{Columns, ColumnsMut, Float, Span, SpanMut, Vf};
+use crate::array::{Columns, ColumnsMut, DType, Float, Span, SpanMut, Vf};
 use crate::simd::{Isa, Mask, Vector};
 
 use super::columns::{Ceiling, Dense, Origin, rebase, reference};
@@ -230,7 +230,6 @@ pub fn sweep<S: Isa, T: Summand>(isa: S, job: Sweep<T>) {
         let (anchor, b) = (exp.anchor(state.k), state.b);
         // Named, as the compiler keeps what it does not unroll in memory. Four additions to each: more of them take one loss in a million out of its 4 ULP.
         let (mut e, mut f, mut g, mut h) = (zero, zero, zero, zero);
-        let mut half = zero;
         for (i, (four, below)) in this.iter().zip(other.iter_mut()).enumerate() {
             ahead.ask(isa);
             max = sort::<S, T>(isa, window, 4 * i, max, below);
@@ -248,14 +247,16 @@ pub fn sweep<S: Isa, T: Summand>(isa: S, job: Sweep<T>) {
             } else {
                 g = r.0.mul_add(r.1, g);
                 h = s.0.mul_add(s.1, h);
-                if 8 * i + 8 == STEP {
-                    half = (e + f) + (g + h);
+                if i % 4 == 3 {
+                    if T::DTYPE == DType::F64 {
+                        T::add(isa, &mut state.rest, e + f);
+                        T::add(isa, &mut state.rest, g + h);
+                    } else {
+                        T::add(isa, &mut state.rest, (e + f) + (g + h));
+                    }
                     (e, f, g, h) = (zero, zero, zero, zero);
                 }
             }
-        }
-        if S::REGISTERS >= 32 {
-            T::add(isa, &mut state.rest, half + ((e + f) + (g + h)));
         }
         state.store(isa, &mut running, at.index);
         let Some(after) = after else { break };
@@ -319,6 +320,7 @@ pub fn land<S: Isa, T: Summand>(isa: S, scale: f64, x: Columns<T>, parts: usize,
         T::store_wide(isa, k, SpanMut::of(&mut tile.k), j);
         T::store_wide(isa, b, SpanMut::of(&mut tile.b), j);
         T::store_columns(isa, rest, SpanMut::of(&mut tile.rest), j);
+        T::store_lost(isa, rest, SpanMut::of(&mut tile.lost), j);
         place = at.step::<S, T>(x.lead::<S>(), x.width(), 0);
     }
 }

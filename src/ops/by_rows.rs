@@ -459,7 +459,7 @@ pub(super) fn put(tile: &mut Tile, slot: usize, state: &State) {
     tile.arg[slot] = state.arg as f64;
     tile.k[slot] = state.reference.k;
     tile.b[slot] = state.reference.b;
-    tile.rest[slot] = state.rest.value();
+    (tile.rest[slot], tile.lost[slot]) = (state.rest.value(), state.rest.lost());
     tile.lin[slot] = state.lin.value();
     tile.t_rest[slot] = state.t_rest.value();
     tile.t_top[slot] = state.t_top;
