@@ -117,7 +117,7 @@ def test_equal_classes_below_the_maximum(dtype, classes, axis):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=lambda d: d.name)
 @pytest.mark.parametrize(("classes", "seed"), [(66, 12), (66, 50), (150, 54)])
 def test_many_rows_of_one_rival(dtype, classes, seed):
-    """One class has nearly all that the maximum leaves, so that errors do not average out; and so many rows that they met in some of these once."""
+    """One class has nearly all that the maximum leaves, so that errors do not average out: in some of these rows they once met."""
     rng = np.random.default_rng([classes, seed])
     x = (rng.standard_normal((6000, classes)) * 9).astype(dtype)
     row = exact(x)
