@@ -125,7 +125,10 @@ def test_many_rows_of_one_rival(dtype, classes, seed):
     for order in "CF":
         laid = np.asarray(x, order=order)
         for level in each_level():
-            assert_ulps(ce.cross_entropy(laid, y, reduction="none"), want, dtype, LOSS, what=f"{level} {order}")
+            loss = ce.cross_entropy(laid, y, reduction="none")
+            assert_ulps(loss, want, dtype, LOSS, what=f"{level} {order}")
+            # 0.41 to 0.476; 0.48 to 0.6 without what sums and products lose on the way to the logarithm, which few rows show otherwise.
+            assert dtype != F64 or ulps(loss, want, dtype).mean() < 0.48, f"{level} {order}"
             assert_ulps(-ce.log_softmax(laid)[np.arange(len(y)), y], want, dtype, LOSS, what=f"{level} {order} log_softmax")
             assert_ulps(-ce.score_tokens(laid, y).logprob, want, dtype, LOSS, what=f"{level} {order} score")
             assert_ulps(-ce.topk_logprobs(laid, 1)[0][:, 0], want, dtype, LOSS, what=f"{level} {order} top")
