@@ -766,6 +766,41 @@ fn log1p_with_its_inverse() {
     }
 }
 
+/// `log(1 + x + lost)` of every x, in the two ways there are.
+struct Lossy<'a>(&'a [f64], &'a [f64], &'a mut [f64]);
+
+impl Kernel for Lossy<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, isa: S) {
+        let (x, lost, out) = (Span::of(self.0), Span::of(self.1), SpanMut::of(self.2));
+        for i in (0..x.len()).step_by(S::F64::LANES) {
+            let (r, lost) = (x.load::<S>(isa, i), lost.load::<S>(isa, i));
+            out.store(isa, i, log1p(isa, r, lost));
+            out.store(isa, x.len() + i, log1p_inverse(isa, r, Some(lost), true, None).0);
+        }
+    }
+}
+
+/// What a rounding or two took off r is not lost to the logarithm.
+#[test]
+fn log1p_of_what_was_lost() {
+    let mut x: Vec<f64> =
+        bit_space::<f64>(1e290, 200_000).filter(|x| *x > 1e-280).chain((1..100_000).map(|i| f64::from(i) * 1e-3)).collect();
+    x.resize(x.len().next_multiple_of(64), 1.0);
+    let lost: Vec<f64> = x.iter().zip([1.0, -1.0, 0.3, -0.7].iter().cycle()).map(|(x, part)| x * part * f64::EPSILON).collect();
+    let exact: Vec<Dd> = x.iter().zip(&lost).map(|(&x, lost)| Dd::log1p(x).add(Dd(lost / (1.0 + x), 0.0))).collect();
+    for level in levels() {
+        let mut out = vec![0.0; 2 * x.len()];
+        level.run(Lossy(&x, &lost, &mut out));
+        let worst = |out: &[f64]| out.iter().zip(&exact).map(|(&got, &value)| ulps(got, Exact { value, exponent: 0 })).fold(0.0, f64::max);
+        let (plain, inverse) = out.split_at(x.len());
+        let worst = [worst(plain), worst(inverse)];
+        println!("log1p of what was lost on {}: {worst:.4?} ULP", level.name());
+        assert!(worst.iter().all(|&ulps| ulps <= LOG1P_BOUND), "{}: {worst:?}", level.name());
+    }
+}
+
 /// In float32, against float64: every 509th positive number up to 2^100.
 #[test]
 fn log1p_with_its_inverse_f32() {

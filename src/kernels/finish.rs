@@ -207,11 +207,10 @@ pub fn finish<S: Isa>(isa: S, terms: &Terms, tile: &mut Tile, first: usize, end:
         // 1/e(max) as an exponential of its own: it saves two divisions.
         let over_max = exp.over_at(origin - b, Span::of(&tile.k).load(isa, r));
         SpanMut::of(&mut tile.a).store(isa, r, over_max.times(one));
-        let (rest, mut lost) = (Span::of(&tile.rest).load(isa, r), zero);
-        let mut others = over_max.times(rest);
-        if closely {
-            (others, lost) = over_max.times_exactly(rest, Span::of(&tile.lost).load(isa, r));
-        }
+        let rest = Span::of(&tile.rest).load(isa, r);
+        let (others, lost) =
+            if closely { over_max.times_exactly(rest, Span::of(&tile.lost).load(isa, r)) } else { (over_max.times(rest), zero) };
+        // Until the second loop, R and what it has lost.
         SpanMut::of(&mut tile.lse).store(isa, r, (ties - one) + others);
         SpanMut::of(&mut tile.log_sum).store(isa, r, lost);
     }

@@ -387,11 +387,16 @@ pub struct Wanted<'a> {
     pub logits: &'a mut [f64],
 }
 
-/// Classes that are summed without a pause: eight additions to an accumulator, four of float64, whose results have no digits to spare. Equal classes round
-/// the same way at each of them, and sixteen took a loss out of its 4 ULP.
+/// Classes that are summed without a pause.
 #[inline(always)]
 pub(super) fn chain<S: Isa, T: Real>() -> usize {
-    let accumulators = if S::REGISTERS < 32 { 2 } else { 4 };
+    chain_of::<S, T>(if S::REGISTERS < 32 { 2 } else { 4 })
+}
+
+/// The same of so many accumulators: eight additions to each, four of float64, whose results have no digits to spare. Equal classes round the same way at
+/// each of them, and sixteen took a loss out of its 4 ULP.
+#[inline(always)]
+pub(super) fn chain_of<S: Isa, T: Float>(accumulators: usize) -> usize {
     let additions = if matches!(T::DTYPE, DType::F64) { 4 } else { 8 };
     if Vf::<S, T>::LANES < 4 { 8 } else { additions * accumulators * Vf::<S, T>::LANES }
 }

@@ -1,13 +1,13 @@
 //! One row read block by block, by a caller that may read other rows in between: what `rows::reduce` does in one call, and on the way what
 //! scores of tokens need besides the logsumexp: the first maximum, the spread of the distribution, the place of one class, the largest classes.
 
-use crate::array::{DType, Float, Span, Vf, lanes};
+use crate::array::{Float, Span, Vf, lanes};
 use crate::simd::{Isa, Level, Mask, Scalar, Vector};
 
 use super::input::ask;
 use super::math::{Anchored, Exp, log1p};
 use super::real::Real;
-use super::rows::block_max;
+use super::rows::{block_max, chain_of};
 use super::state::{Pair, Reference, Summand, Wide, exp_f64, splat};
 
 /// Classes per block: no more than float32 lanes may sum and keep the digits of a divergence.
@@ -309,12 +309,10 @@ fn careful<T: Float>(x: Span<T>, max: f64, reference: Reference, rest: &mut Pair
     }
 }
 
-/// Classes that are summed in one go by a loop with so many accumulators: eight additions to each, four of float64. See [`super::rows::chain`].
+/// Classes that are summed in one go by a loop with so many accumulators.
 #[inline(always)]
 pub(super) fn stretch<S: Isa, T: Float>(accumulators: usize) -> usize {
-    let step = Vf::<S, T>::LANES;
-    let additions = if T::DTYPE == DType::F64 { 4 } else { 8 };
-    BLOCK.min(if step < 4 { 8 } else { additions * accumulators * step })
+    BLOCK.min(chain_of::<S, T>(accumulators))
 }
 
 struct Sums<V> {
