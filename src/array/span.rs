@@ -69,6 +69,15 @@ impl<'a, E: Element> Span<'a, E> {
         unsafe { Self::new(self.ptr.add(k * size), size) }
     }
 
+    /// The same elements, none of which is read before there is `v`: see [`Vector::before`].
+    #[must_use]
+    #[inline(always)]
+    pub fn after<V: Vector>(self, v: &mut V) -> Self {
+        let ptr;
+        (*v, ptr) = v.before(self.ptr);
+        Self { ptr, ..self }
+    }
+
     /// Where element `i` is, or would be.
     #[inline(always)]
     pub fn address(self, i: usize) -> *const u8 {

@@ -277,7 +277,7 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
             }
         }
         while k < end {
-            let (x, next) = (x.nth(k, group), next.nth(k, group));
+            let (mut x, next) = (x.nth(k, group), next.nth(k, group));
             let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if KEEP { dst.nth(k, group) } else { dst });
             let mut bent = [(zero, zero); 4];
             if CAP {
@@ -309,6 +309,9 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
                 let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u & own]);
                 if TOP {
                     ties += step - below.count_ones() as usize;
+                }
+                if !KEEP && !LIN && T::DTYPE == DType::F32 {
+                    x = x.after(&mut parts[u & own].rest);
                 }
             }
             k += 1;

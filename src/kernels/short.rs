@@ -79,15 +79,15 @@ const GROUP: usize = 16;
 /// Rows that are asked for beyond the next group, where exponentials are kept.
 const MORE: usize = 4;
 
-/// Most chains in a row of float32 where they are [`apart`].
-const CHAINS: usize = 8;
+/// Most chains of rows whose maxima are taken together, where they are [`apart`]: of [`TOGETHER`], or of two rows of the most classes there are.
+const CHAINS: usize = 64;
 
 /// Whether the maxima of a row's chains (the classes that are summed without a pause) are told apart: a chain that does not hold the row's maximum
 /// takes a loop of its own, which need not look for it. Where there are registers for masks, looking costs no more than the choice does.
 #[inline(always)]
 fn apart<S: Isa, T: Real>(classes: usize) -> bool {
     let chain = chain::<S, T>();
-    T::DTYPE == DType::F32 && matches!(S::LEVEL, Level::Avx2 | Level::Neon) && (chain + 1..=CHAINS * chain).contains(&classes)
+    T::DTYPE == DType::F32 && matches!(S::LEVEL, Level::Avx2 | Level::Neon) && (chain + 1..=CHAINS / 2 * chain).contains(&classes)
 }
 
 /// Whether half of a chain's accumulators are carried on apart from the others: a rounding less, for the type whose results have no digits to spare.
@@ -133,21 +133,22 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     let lowest = Vf::<S, T>::splat(isa, T::NEG_INF);
     let (mut tops, mut lasts, mut rests) = ([lowest; GROUP], [lowest; GROUP], [Wide::<S>::zero(isa); GROUP]);
     let mut others = [lowest; GROUP];
-    let mut peaks = [[lowest; CHAINS]; GROUP];
+    // Row r of a group has those from r·chains on.
+    let (mut peaks, chains) = ([lowest; CHAINS], x.len().div_ceil(chain::<S, T>()));
     let (mut top, mut magic, mut floor) = ([T::ZERO; GROUP], [T::ZERO; GROUP], [T::ZERO; GROUP]);
     let mut left = false;
     let mut first = 0;
     while first < x.count() {
         let n = together.min(x.count() - first);
         if first == 0 || !fused {
-            for (r, (top, peaks)) in tops[..n].iter_mut().zip(&mut peaks).enumerate() {
+            for (r, top) in tops[..n].iter_mut().enumerate() {
                 *top = match from {
                     Some((raw, to)) => Ahead::raw(raw.row(first + r), to.row(first + r)).max(isa, 0),
-                    None => chains_max(isa, x.row(first + r), peaks),
+                    None => chains_max(isa, x.row(first + r), &mut peaks, r * chains),
                 };
                 if apart::<S, T>(x.len()) && (from.is_some() || back) {
                     // Which chain holds the maximum is not known: all may.
-                    *peaks = [*top; CHAINS];
+                    (0..chains).for_each(|k| peaks[(r * chains + k) % CHAINS] = *top);
                 }
             }
         }
@@ -187,9 +188,9 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 tile.ties[slot] = f64::NAN;
                 left = true;
                 if let Some(next) = next {
-                    tops[r] = chains_max(isa, next, &mut peaks[r]);
+                    tops[r] = chains_max(isa, next, &mut peaks, r * chains);
                     if back {
-                        peaks[r] = [tops[r]; CHAINS];
+                        (0..chains).for_each(|k| peaks[(r * chains + k) % CHAINS] = tops[r]);
                     }
                 }
                 continue;
@@ -201,7 +202,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 Some((raw, _)) => raw.address(slot + distance),
                 None => x.address(slot + distance),
             };
-            let top = (Vf::<S, T>::splat(isa, max), &mut peaks[r]);
+            let top = (Vf::<S, T>::splat(isa, max), &mut peaks, r * chains);
             let sums = match next {
                 // (Where there is no next one, what is found out is not used.)
                 next if back && fusing && T::DTYPE == DType::F32 => {
@@ -233,15 +234,16 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
     left
 }
 
-/// The maximum of a row, and of its chains, lane by lane.
+/// The maximum of a row, and of its chains, lane by lane; these from `first` on.
 #[inline(always)]
-fn chains_max<S: Isa, T: Real>(isa: S, x: Span<T>, peaks: &mut [Vf<S, T>; CHAINS]) -> Vf<S, T> {
+fn chains_max<S: Isa, T: Real>(isa: S, x: Span<T>, peaks: &mut [Vf<S, T>; CHAINS], first: usize) -> Vf<S, T> {
     if !apart::<S, T>(x.len()) {
         return block_max(isa, x);
     }
     let mut top = Vf::<S, T>::splat(isa, T::NEG_INF);
-    for (i, peak) in (0..x.len()).step_by(chain::<S, T>()).zip(peaks) {
-        *peak = block_max(isa, x.part(i, chain::<S, T>().min(x.len() - i)));
+    for (k, i) in (0..x.len()).step_by(chain::<S, T>()).enumerate() {
+        let peak = block_max(isa, x.part(i, chain::<S, T>().min(x.len() - i)));
+        peaks[(first + k) % CHAINS] = peak;
         top = peak.max(top);
     }
     top
@@ -322,29 +324,35 @@ fn sum_vector<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
     at: &Anchored<Vf<S, T>>,
     top: Vf<S, T>,
     u: usize,
-    Places { x, next, ahead, dst }: Places<T>,
+    row: &mut Places<T>,
     to: &mut Lanes<Vf<S, T>>,
 ) {
     let step = Vf::<S, T>::LANES;
-    let (own, most) = if S::REGISTERS < 32 { (1, 0) } else { (3, 3) };
-    ask::<S, STORE, NEXT>(isa, ahead);
+    let (own, most) = if S::REGISTERS < 32 { (u & 1, 0) } else { (u, u) };
+    let i = place::<BACK>(u, step);
+    if (u * step * size_of::<T>()).is_multiple_of(64) {
+        ask::<S, STORE, NEXT>(isa, row.ahead.wrapping_add(u * step * size_of::<T>()));
+    }
     if NEXT {
         // In this order a NaN is passed over; it comes back through the sum.
-        to.next[u & most] = next.load(isa, place::<BACK>(u, step)).max(to.next[u & most]);
+        to.next[most] = row.next.load(isa, i).max(to.next[most]);
     }
-    let v = x.load(isa, place::<BACK>(u, step));
+    let v = row.x.load(isa, i);
     let v = if BACK { v.reverse() } else { v };
     let (p, q) = at.parts(v);
     if STORE {
-        dst.store(isa, u * step, p * q);
+        row.dst.store(isa, u * step, p * q);
     }
     if TOP {
         // Unordered: a NaN is not the maximum and so reaches the sum.
         let others = v.ne(top);
-        to.rest[u & own] = to.rest[u & own].fma_where(others, p, q);
+        to.rest[own] = to.rest[own].fma_where(others, p, q);
         to.below += others.count();
     } else {
-        to.rest[u & own] = p.mul_add(q, to.rest[u & own]);
+        to.rest[own] = p.mul_add(q, to.rest[own]);
+    }
+    if !STORE && T::DTYPE == DType::F32 {
+        row.x = row.x.after(&mut to.rest[own]);
     }
 }
 
@@ -358,21 +366,24 @@ fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
     row: Places<T>,
     to: &mut Lanes<Vf<S, T>>,
 ) {
-    let (step, group) = (Vf::<S, T>::LANES, 4 * Vf::<S, T>::LANES);
+    let group = 4 * Vf::<S, T>::LANES;
     let mut k = groups.start;
     while k < groups.end {
-        let (x, next) = (part::<T, BACK>(row.x, k, group), part::<T, BACK>(row.next, k, group));
-        let dst = if STORE { row.dst.nth(k, group) } else { row.dst };
-        let at_vector = |u: usize| Places { x, next, ahead: row.ahead.wrapping_add((k * group + u * step) * size_of::<T>()), dst };
-        if S::REGISTERS < 32 && T::DTYPE == DType::F64 {
+        let part = &mut Places {
+            x: part::<T, BACK>(row.x, k, group),
+            next: part::<T, BACK>(row.next, k, group),
+            ahead: row.ahead.wrapping_add(k * group * size_of::<T>()),
+            dst: if STORE { row.dst.nth(k, group) } else { row.dst },
+        };
+        if S::REGISTERS < 32 {
             // As a loop it would be too long for the compiler to unroll, and the accumulators in memory.
-            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 0, at_vector(0), to);
-            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 1, at_vector(1), to);
-            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 2, at_vector(2), to);
-            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 3, at_vector(3), to);
+            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 0, part, to);
+            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 1, part, to);
+            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 2, part, to);
+            sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, 3, part, to);
         } else {
             for u in 0..4 {
-                sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, u, at_vector(u), to);
+                sum_vector::<S, T, STORE, NEXT, TOP, BACK>(isa, at, top, u, part, to);
             }
         }
         k += 1;
@@ -388,7 +399,7 @@ fn sum_groups<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const TOP
 fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: bool>(
     isa: S,
     exp: &Anchored<Vf<S, T>>,
-    (top, peaks): (Vf<S, T>, &mut [Vf<S, T>; CHAINS]),
+    (top, peaks, first): (Vf<S, T>, &mut [Vf<S, T>; CHAINS], usize),
     had: &[T; 16],
     x: Span<T>,
     next: Span<T>,
@@ -418,7 +429,7 @@ fn sum_row<S: Isa, T: Summand, const STORE: bool, const NEXT: bool, const BACK: 
         }
         let room = end - k < most;
         to.rest = [zero; 4];
-        let peak = &mut peaks[k / most % CHAINS];
+        let peak = &mut peaks[(first + k / most) % CHAINS];
         if apart && !peak.eq(top).any() {
             sum_groups::<S, T, STORE, NEXT, false, BACK>(isa, exp, top, k..end, row, &mut to);
         } else {

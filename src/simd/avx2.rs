@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C.
 
 #[allow(clippy::wildcard_imports)] // a hundred intrinsics, whose names cannot be mistaken
-use core::arch::x86_64::*;
+use core::arch::{asm, x86_64::*};
 
 use super::{Isa, Kernel, Level, Mask, Vector, row, row_mut};
 
@@ -28,6 +28,25 @@ pub(crate) struct Mask32x8(__m256);
 #[derive(Clone, Copy, Debug)]
 #[repr(transparent)]
 pub(crate) struct Mask64x4(__m256d);
+
+/// See [`Vector::before`].
+macro_rules! before {
+    ($inner:ty) => {
+        #[inline(always)]
+        fn before<E>(self, at: *const E) -> (Self, *const E) {
+            #[inline]
+            #[target_feature(enable = "avx2")]
+            fn tie<E>(mut v: $inner, mut at: *const E) -> ($inner, *const E) {
+                // SAFETY: nothing but a comment, which leaves both as they are.
+                unsafe { asm!("/* {0} {1} */", inout(ymm_reg) v, inout(reg) at, options(pure, nomem, nostack, preserves_flags)) }
+                (v, at)
+            }
+            // SAFETY: a vector implies the token, which proves AVX2.
+            let (v, at) = unsafe { tie(self.0, at) };
+            (Self(v), at)
+        }
+    };
+}
 
 impl Avx2 {
     /// The token, if this machine and its operating system have every feature that [`Avx2::run`] enables.
@@ -302,6 +321,7 @@ impl Vector for F32x8 {
             Self(_mm256_mul_ps(self.0, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))))
         }
     }
+    before! {__m256}
     const STEPS: u32 = 3;
     type Octave = __m256i;
     #[inline(always)]
@@ -494,6 +514,7 @@ impl Vector for F64x4 {
             Self(_mm256_mul_pd(self.0, _mm256_castsi256_pd(_mm256_slli_epi64::<52>(biased))))
         }
     }
+    before! {__m256d}
     const STEPS: u32 = 0;
     type Octave = ();
     #[inline(always)]
