@@ -239,6 +239,73 @@ fn add<S: Isa, T: Real, const LIN: bool, const TOP: bool>(
     below.bits()
 }
 
+/// What a loop over classes gathers.
+struct Gathered<V> {
+    parts: [Part<V>; 4],
+    /// Maxima of the next block, and where logits are capped the least of it.
+    max: [V; 4],
+    low: [V; 2],
+    ties: usize,
+}
+
+/// Four vectors of classes, of the next block and of the dense stream, and where the exponentials go.
+struct Group<'a, T, M> {
+    x: Span<'a, T>,
+    next: Next<'a, T, M>,
+    t: Span<'a, T>,
+    dst: SpanMut<'a, T>,
+}
+
+/// Whether vectors are summed one after the other, and not mixed by the compiler. (Where something is written in the loop, they are anyway.)
+#[inline(always)]
+const fn in_order<S: Isa, T: Real, M: Making<T>>() -> bool {
+    S::REGISTERS < 32 && matches!(T::DTYPE, DType::F32) && !M::MADE
+}
+
+/// Vector `u` of a group, `bent` if logits are capped (and its slope); see [`pass`].
+#[inline(always)]
+fn add_vector<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const CAP: bool, const TOP: bool>(
+    isa: S,
+    at: &Lanes<Vf<S, T>>,
+    u: usize,
+    bent: (Vf<S, T>, Vf<S, T>),
+    group: &mut Group<T, M>,
+    to: &mut Gathered<Vf<S, T>>,
+) {
+    let (step, zero) = (Vf::<S, T>::LANES, Vf::<S, T>::splat(isa, T::ZERO));
+    // Where registers are few, two accumulators and one for the maximum: the constants need them more.
+    let (own, most) = if S::REGISTERS < 32 { (u & 1, 0) } else { (u, u) };
+    group.next.ask(isa, u * step);
+    // In this order a NaN is passed over; it comes back through the sum.
+    let ahead = group.next.load(isa, u * step);
+    to.max[most] = ahead.max(to.max[most]);
+    if CAP {
+        to.low[u & 1] = ahead.min(to.low[u & 1]);
+    }
+    let (v, slope) = if CAP { bent } else { (group.x.load(isa, u * step), zero) };
+    let e = at.at.parts(if TOP { v - at.b } else { v });
+    if CAP && !TOP {
+        // Such a loop waits for multiplications, and has one less this way where exponentials are kept.
+        let e = e.0 * e.1;
+        if KEEP {
+            group.dst.store(isa, u * step, e * slope);
+        }
+        to.parts[own].rest = to.parts[own].rest + e;
+        return;
+    }
+    if KEEP {
+        group.dst.store(isa, u * step, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
+    }
+    let w = if LIN { group.t.load(isa, u * step) } else { zero };
+    let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut to.parts[own]);
+    if TOP {
+        to.ties += step - below.count_ones() as usize;
+    }
+    if in_order::<S, T, M>() && !(KEEP || LIN || CAP) {
+        group.x = group.x.after(&mut to.parts[own].rest);
+    }
+}
+
 /// Classes of one block: the sums of their exponentials, and in the same loop the maximum of as many classes of the block after it. What is to be
 /// written `later` is asked for.
 ///
@@ -257,13 +324,14 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
 ) -> Sums<Vf<S, T>> {
     let step = Vf::<S, T>::LANES;
     let zero = Vf::<S, T>::splat(isa, T::ZERO);
-    // Where registers are few, two accumulators and one for the maximum: the constants need them more.
-    let (own, most) = if S::REGISTERS < 32 { (1, 0) } else { (3, 3) };
-    let mut max = [Vf::<S, T>::splat(isa, T::NEG_INF); 4];
-    let mut low = [splat::<S, T>(isa, f64::INFINITY); 2];
-    let mut parts = [Part { rest: zero, lin: zero, t_rest: zero }; 4];
-    let mut total = parts[0];
-    let mut ties = 0;
+    let nothing = Part { rest: zero, lin: zero, t_rest: zero };
+    let to = &mut Gathered {
+        parts: [nothing; 4],
+        max: [Vf::<S, T>::splat(isa, T::NEG_INF); 4],
+        low: [splat::<S, T>(isa, f64::INFINITY); 2],
+        ties: 0,
+    };
+    let mut total = nothing;
     let (len, group) = (x.len(), 4 * step);
     // Of one length, known to the compiler: no check is left in the loop.
     let next = next.part(0, len);
@@ -277,59 +345,40 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
             }
         }
         while k < end {
-            let (mut x, next) = (x.nth(k, group), next.nth(k, group));
+            let (x, next) = (x.nth(k, group), next.nth(k, group));
             let (t, dst) = (if LIN { t.nth(k, group) } else { t }, if KEEP { dst.nth(k, group) } else { dst });
             let mut bent = [(zero, zero); 4];
             if CAP {
                 bent = cap.near(isa, [x.load(isa, 0), x.load(isa, step), x.load(isa, 2 * step), x.load(isa, 3 * step)]);
             }
-            for u in 0..4 {
-                next.ask(isa, u * step);
-                // In this order a NaN is passed over; it comes back through the sum.
-                let ahead = next.load(isa, u * step);
-                max[u & most] = ahead.max(max[u & most]);
-                if CAP {
-                    low[u & 1] = ahead.min(low[u & 1]);
-                }
-                let (v, slope) = if CAP { bent[u] } else { (x.load(isa, u * step), zero) };
-                let e = at.at.parts(if TOP { v - at.b } else { v });
-                if CAP && !TOP {
-                    // Such a loop waits for multiplications, and has one less this way where exponentials are kept.
-                    let e = e.0 * e.1;
-                    if KEEP {
-                        dst.store(isa, u * step, e * slope);
-                    }
-                    parts[u & own].rest = parts[u & own].rest + e;
-                    continue;
-                }
-                if KEEP {
-                    dst.store(isa, u * step, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
-                }
-                let w = if LIN { t.load(isa, u * step) } else { zero };
-                let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[u & own]);
-                if TOP {
-                    ties += step - below.count_ones() as usize;
-                }
-                if !KEEP && !LIN && T::DTYPE == DType::F32 {
-                    x = x.after(&mut parts[u & own].rest);
+            let group = &mut Group { x, next, t, dst };
+            if in_order::<S, T, M>() && (KEEP || !CAP) {
+                // As a loop it would be too long for the compiler to unroll, and the accumulators in memory.
+                add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 0, bent[0], group, to);
+                add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 1, bent[1], group, to);
+                add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 2, bent[2], group, to);
+                add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 3, bent[3], group, to);
+            } else {
+                for (u, &bent) in bent.iter().enumerate() {
+                    add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, u, bent, group, to);
                 }
             }
             k += 1;
         }
-        total = total.with(isa, &mut parts);
+        total = total.with(isa, &mut to.parts);
     }
     let mut i = k * group;
     while i < len {
         let n = step.min(len - i);
         let ahead = next.load_partial(isa, i, n);
-        max[0] = ahead.max(max[0]);
+        to.max[0] = ahead.max(to.max[0]);
         let mut v = x.load_partial(isa, i, n, T::NEG_INF);
         let mut slope = zero;
         if CAP {
             // Nothing stays where nothing is: where two ways to fill up differ.
             let (lowest, x0) = (Vf::<S, T>::splat(isa, T::NEG_INF), x.load_partial(isa, i, n, T::ZERO));
             let beyond = v.eq(lowest).and(x0.eq(zero));
-            low[0] = Vf::<S, T>::select(beyond, low[0], ahead.min(low[0]));
+            to.low[0] = Vf::<S, T>::select(beyond, to.low[0], ahead.min(to.low[0]));
             [(v, slope)] = cap.near(isa, [x0]);
             v = Vf::<S, T>::select(beyond, lowest, v);
         }
@@ -338,14 +387,15 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
             dst.store_partial(isa, i, n, if CAP { e.0 * e.1 * slope } else { e.0 * e.1 });
         }
         let w = if LIN { t.load_partial(isa, i, n, T::ZERO) } else { zero };
-        let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut parts[0]);
+        let below = add::<S, T, LIN, TOP>(isa, at, v, e, w, &mut to.parts[0]);
         if TOP {
-            ties += n - (below & (u64::MAX >> (64 - n))).count_ones() as usize;
+            to.ties += n - (below & (u64::MAX >> (64 - n))).count_ones() as usize;
         }
         i += n;
     }
-    let Part { rest, lin, t_rest } = total.with(isa, &mut parts);
-    Sums { rest, lin, t_rest, ties, next: max[0].max(max[1]).max(max[2].max(max[3])), low: low[0].min(low[1]) }
+    let Part { rest, lin, t_rest } = total.with(isa, &mut to.parts);
+    let ([a, b, c, d], [low, lower]) = (to.max, to.low);
+    Sums { rest, lin, t_rest, ties: to.ties, next: a.max(b).max(c.max(d)), low: low.min(lower) }
 }
 
 /// Blocks of a row, from the first of `range` on, none of which holds the maximum: up to the last of it, or until one comes that
