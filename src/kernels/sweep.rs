@@ -107,8 +107,10 @@ impl<S: Isa, T: Summand> State<S, T> {
             // Infinity is always above.
             let bound = Vf::<S, T>::splat(isa, <T as Float>::MAX).min(max + splat::<S, T>(isa, RANGE / scale));
             (self.k, self.b, self.bound) = (k, b, Vf::<S, T>::select(grew, bound, self.bound));
-            for below in below.as_flattened_mut() {
-                *below = finite::<S, T>(isa, *below);
+            if splat::<S, T>(isa, f64::INFINITY).eq(max).any() {
+                for below in below.as_flattened_mut() {
+                    *below = finite::<S, T>(isa, *below);
+                }
             }
             return true;
         }
@@ -227,14 +229,19 @@ pub fn sweep<S: Isa, T: Summand>(isa: S, job: Sweep<T>) {
             ahead = Ahead::new::<S, T>(next, then.class, x.width());
         }
         let window = x.window::<S, STEP>((then.class, then.group.0, then.group.1), &mut copy, T::NEG_INF);
-        let (anchor, b) = (exp.anchor(state.k), state.b);
+        if state.b.ne(zero).any() {
+            // Off the grid of the integer reduction: x − b, which is exact or dwarfed by x's own spacing.
+            for below in this.as_flattened_mut() {
+                *below = *below - state.b;
+            }
+        }
+        let anchor = exp.anchor(state.k);
         // Named, as the compiler keeps what it does not unroll in memory. Four additions to each: more of them take one loss in a million out of its 4 ULP.
         let (mut e, mut f, mut g, mut h) = (zero, zero, zero, zero);
         for (i, (four, below)) in this.iter().zip(other.iter_mut()).enumerate() {
             ahead.ask(isa);
             max = sort::<S, T>(isa, window, 4 * i, max, below);
-            let [p, q, r, s] = [four[0] - b, four[1] - b, four[2] - b, four[3] - b];
-            let [p, q, r, s] = [anchor.parts(p), anchor.parts(q), anchor.parts(r), anchor.parts(s)];
+            let [p, q, r, s] = [anchor.parts(four[0]), anchor.parts(four[1]), anchor.parts(four[2]), anchor.parts(four[3])];
             e = p.0.mul_add(p.1, e);
             f = q.0.mul_add(q.1, f);
             if S::REGISTERS < 32 {
