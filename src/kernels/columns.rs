@@ -440,7 +440,7 @@ fn add_class<S: Isa, T: Summand, const LIN: bool>(
         part.t_top = part.t_top.add_where(top, w);
         *arg = Vf::<S, T>::select(top, splat::<S, T>(isa, number), *arg);
     }
-    rest.take(isa, below, (q, s))
+    rest.take(below, (q, s))
 }
 
 /// The factors of [`rebase`], in two steps, where an offset changes: rare, and the vector exponential cannot take a difference of two references off

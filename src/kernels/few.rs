@@ -185,7 +185,7 @@ impl<V: Vector<Elem: Real>> Lane<V> {
         }
         // Unordered: a NaN is not the maximum and so reaches the sum.
         let below = v.ne(max);
-        let q = self.rest.take(isa, below, (q, s));
+        let q = self.rest.take(below, (q, s));
         self.below = self.below.count_where(below);
         if !early::<S>() {
             self.find(class, self.number, v);

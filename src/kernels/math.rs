@@ -440,8 +440,8 @@ where
 
     /// Takes an exponential up, where `mask` says so; s is a number there and elsewhere, or the sum is to be NaN. Returns its q, a few of which are then to be added together.
     #[inline(always)]
-    pub fn take(&mut self, isa: V::Isa, mask: V::Mask, (q, s): (V, V)) -> V {
-        let q = V::select(mask, q, V::splat(isa, V::Elem::ZERO));
+    pub fn take(&mut self, mask: V::Mask, (q, s): (V, V)) -> V {
+        let q = q.keep(mask);
         if V::STEPS != 0 {
             self.little = q.mul_add(s, self.little);
         }

@@ -362,6 +362,11 @@ impl Vector for F32x8 {
         Self(unsafe { _mm256_blendv_ps(b.0, a.0, mask.0) })
     }
     #[inline(always)]
+    fn keep(self, mask: Mask32x8) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX.
+        Self(unsafe { _mm256_and_ps(self.0, mask.0) })
+    }
+    #[inline(always)]
     fn add_where(self, mask: Mask32x8, x: Self) -> Self {
         Self::select(mask, self + x, self)
     }
@@ -546,6 +551,11 @@ impl Vector for F64x4 {
     fn select(mask: Mask64x4, a: Self, b: Self) -> Self {
         // SAFETY: a vector implies the token, which proves AVX.
         Self(unsafe { _mm256_blendv_pd(b.0, a.0, mask.0) })
+    }
+    #[inline(always)]
+    fn keep(self, mask: Mask64x4) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX.
+        Self(unsafe { _mm256_and_pd(self.0, mask.0) })
     }
     #[inline(always)]
     fn add_where(self, mask: Mask64x4, x: Self) -> Self {

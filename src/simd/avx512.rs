@@ -350,6 +350,11 @@ impl Vector for F32x16 {
         Self(unsafe { _mm512_mask_blend_ps(mask.0, b.0, a.0) })
     }
     #[inline(always)]
+    fn keep(self, mask: Mask16) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_maskz_mov_ps(mask.0, self.0) })
+    }
+    #[inline(always)]
     fn add_where(self, mask: Mask16, x: Self) -> Self {
         // SAFETY: a vector implies the token, which proves AVX-512 F.
         Self(unsafe { _mm512_mask_add_ps(self.0, mask.0, self.0, x.0) })
@@ -537,6 +542,11 @@ impl Vector for F64x8 {
     fn select(mask: Mask8, a: Self, b: Self) -> Self {
         // SAFETY: a vector implies the token, which proves AVX-512 F.
         Self(unsafe { _mm512_mask_blend_pd(mask.0, b.0, a.0) })
+    }
+    #[inline(always)]
+    fn keep(self, mask: Mask8) -> Self {
+        // SAFETY: a vector implies the token, which proves AVX-512 F.
+        Self(unsafe { _mm512_maskz_mov_pd(mask.0, self.0) })
     }
     #[inline(always)]
     fn add_where(self, mask: Mask8, x: Self) -> Self {

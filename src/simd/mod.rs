@@ -359,6 +359,9 @@ pub trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = 
     fn le(self, rhs: Self) -> Self::Mask;
     /// Lane-wise `if mask { a } else { b }`.
     fn select(mask: Self::Mask, a: Self, b: Self) -> Self;
+    /// `self` in the lanes of `mask`, 0 elsewhere.
+    #[must_use]
+    fn keep(self, mask: Self::Mask) -> Self;
     /// `self + x` in the lanes of `mask`, `self` elsewhere.
     #[must_use]
     fn add_where(self, mask: Self::Mask, x: Self) -> Self;

@@ -248,6 +248,10 @@ macro_rules! common {
             Self(unsafe { $blend(mask.0, a.0, b.0) })
         }
         #[inline(always)]
+        fn keep(self, mask: $mask) -> Self {
+            Self::select(mask, self, Self::splat(Neon(()), 0.0))
+        }
+        #[inline(always)]
         fn add_where(self, mask: $mask, x: Self) -> Self {
             Self::select(mask, self + x, self)
         }

@@ -303,6 +303,10 @@ macro_rules! vector {
                 if mask.0 { a } else { b }
             }
             #[inline(always)]
+            fn keep(self, mask: Mask1) -> Self {
+                if mask.0 { self } else { Self(0.0) }
+            }
+            #[inline(always)]
             fn add_where(self, mask: Mask1, x: Self) -> Self {
                 if mask.0 { self + x } else { self }
             }
