@@ -352,7 +352,7 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
                 bent = cap.near(isa, [x.load(isa, 0), x.load(isa, step), x.load(isa, 2 * step), x.load(isa, 3 * step)]);
             }
             let group = &mut Group { x, next, t, dst };
-            if S::LEVEL != Level::Scalar && (LIN || in_order::<S, T, M>() && (KEEP || !CAP)) {
+            if S::LEVEL != Level::Scalar && (LIN || TOP && S::REGISTERS < 32 || in_order::<S, T, M>() && (KEEP || !CAP)) {
                 // As a loop it would be too long for the compiler to unroll, and the accumulators in memory.
                 add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 0, bent[0], group, to);
                 add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 1, bent[1], group, to);
