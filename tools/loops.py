@@ -1,8 +1,8 @@
 """What the compiler made of the kernels' inner loops: their instructions, and what should not be among them.
 
 ``python tools/loops.py`` builds the library's example and prints, per kernel and instruction set, the innermost loops with vector
-arithmetic: instructions, spills to the stack and reloads from it, scalar float arithmetic, calls, and exits (bounds checks that were not
-folded into the loop's condition). Whatever stands between the first and last instruction of a loop counts, also what is hardly ever run.
+arithmetic: instructions, spills to the stack and reloads from it, those of them at an index (an array of accumulators, in a loop that was to be
+unrolled), scalar float arithmetic, calls, and exits (bounds checks that were not folded into the loop's condition). Whatever stands between the first and last instruction of a loop counts, also what is hardly ever run.
 ``--worst`` prints only the loops with spills, scalar arithmetic or calls. Needs objdump; ``--triple aarch64-unknown-linux-gnu`` a cross
 compiler too (RUSTC, OBJDUMP).
 """
@@ -35,6 +35,7 @@ SCALAR = re.compile(
 JUMP = re.compile(r"^(?:j\w+|b|b\.\w+|cbn?z|tbn?z) (?:[^<]*, )?([0-9a-f]+) <")
 SPILL = re.compile(r"^((v?|k)mov\w* [^,]*\[rsp|st[rp] .*\[sp)")
 RELOAD = re.compile(r"^(?!(v?|k)mov\w* [^,]*\[rsp|st[rp] ).*\[r?sp")
+INDEXED = re.compile(r"^v.*\[rsp\+r")
 
 
 @dataclasses.dataclass
@@ -43,13 +44,14 @@ class Loop:
     vector: int = 0
     spills: int = 0
     reloads: int = 0
+    indexed: int = 0
     scalar: int = 0
     calls: int = 0
     exits: int = 0
 
     @property
     def flaws(self) -> int:
-        return self.spills + self.scalar + self.calls
+        return self.spills + self.indexed + self.scalar + self.calls
 
 
 def listing(folder: str | None, triple: str | None) -> list[str]:
@@ -100,6 +102,7 @@ def loops(code: list[tuple[int, str]]) -> Iterator[Loop]:
             loop.calls += text.startswith(("call ", "bl "))
             loop.spills += bool(SPILL.match(text))
             loop.reloads += bool(RELOAD.match(text))
+            loop.indexed += bool(INDEXED.match(text))
             jump = JUMP.match(text)
             loop.exits += bool(jump and not start <= int(jump[1], 16) <= end)
         yield loop
@@ -117,8 +120,8 @@ def main() -> None:
         for loop in loops(code)
         if loop.vector >= 3
     ]
-    print("| kernel | instruction set | instructions | vector arithmetic | spills | reloads | scalar | calls | exits |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| kernel | instruction set | instructions | vector arithmetic | spills | reloads | indexed | scalar | calls | exits |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for kernel, level, loop in sorted(found, key=lambda entry: (entry[0], entry[1], -entry[2].vector)):
         if loop.flaws or not options.worst:
             print(f"| {kernel} | {level} | " + " | ".join(map(str, dataclasses.astuple(loop))) + " |")
@@ -126,7 +129,7 @@ def main() -> None:
         of = [loop for _, where, loop in found if where == level]
         flaws = [
             f"{sum(getattr(loop, flaw) > 0 for loop in of)} with {what}"
-            for flaw, what in (("spills", "spills"), ("scalar", "scalar arithmetic"), ("calls", "calls"))
+            for flaw, what in (("spills", "spills"), ("indexed", "indexed accumulators"), ("scalar", "scalar arithmetic"), ("calls", "calls"))
         ]
         print(f"\n{level}: {len(of)} innermost loops, {', '.join(flaws)}")
 

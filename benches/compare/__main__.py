@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=[name for name, _, _ in peers.PEERS], help="libraries (default: all)")
     parser.add_argument("--budget", type=float, help="seconds per shape, type and thread count (default 12, quick 6)")
     parser.add_argument("--no-write", action="store_true", help="print only, leave docs/benchmarks.md alone")
+    parser.add_argument("--page", default="benchmarks", help="page of docs/ to write; another one leaves the README's table alone")
     parser.add_argument("--by-products", action="store_true", help="scores, top-k and KL beside PyTorch instead; printed only")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -148,11 +149,11 @@ def main() -> int:
     heading.append(f"Load at the end: {load()}.")
     print(f"\n{summary(verdicts)}; {time.monotonic() - started:.0f} s; load {load()}")
     if not args.quick and not args.no_write:
-        path = ROOT / "docs" / "benchmarks.md"
+        path = ROOT / "docs" / f"{args.page}.md"
         path.parent.mkdir(exist_ok=True)
         report.write(path, results, verdicts, max(thread_counts), heading, list(failures))
         print(f"written: {path.relative_to(ROOT)}")
-        if not args.shapes and "float32" in dtypes:
+        if not args.shapes and "float32" in dtypes and args.page == "benchmarks":
             about = f"{machine()}; {max(thread_counts)} threads; {numbers}; {dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}."
             report.write_readme(ROOT / "README.md", results, max(thread_counts), about)
     return 0

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots."""
+"""docs/benchmarks.md, or another page, and its plots."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def plots(results: Results, threads: int, folder: Path) -> list[str]:
 
 
 def write(path: Path, results: Results, verdicts: list[Verdict], threads: int, heading: list[str], failed: list[str]) -> None:
-    pictures = plots(results, threads, path.parent / "benchmarks")
+    pictures = plots(results, threads, path.with_suffix(""))
     method = (
         "All ways of a shape are called in turn, round by round, in one process, with a pause of 20 ms between two "
         "libraries, whose idle threads spin for a while, and after it a call that is not timed, which wakes those of the next. "
@@ -173,7 +173,7 @@ def write(path: Path, results: Results, verdicts: list[Verdict], threads: int, h
         + table(["target", "shape", "value", "must", "stretch", "verdict"], (v.line() for v in verdicts)),
         "## Memory limits\n\n"
         f"GB/s, {threads} threads; copies and rewriting count the bytes read and written.\n\n" + bandwidth_table(results, threads),
-        "## Plots\n\n" + "\n".join(f"![{name.removesuffix('.svg')}](benchmarks/{name})" for name in pictures),
+        "## Plots\n\n" + "\n".join(f"![{name.removesuffix('.svg')}]({path.stem}/{name})" for name in pictures),
         "## Times\n\n" + grid_tables(results),
     ]
     if failed:
