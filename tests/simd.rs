@@ -346,8 +346,8 @@ where
             expect(level, "select", &lanes(V::select(lt, v, w)), |i| if x[i] < y[i] { x[i] } else { y[i] });
             expect(level, "keep", &lanes(v.keep(lt)), |i| if x[i] < y[i] { x[i] } else { V::Elem::default() });
             expect(level, "add_where", &lanes(v.add_where(lt, w)), |i| if x[i] < y[i] { x[i] + y[i] } else { x[i] });
-            let sum = V::splat(isa, V::Elem::ONE).fma_where(lt, v, w);
-            expect(level, "fma_where", &lanes(sum), |i| if x[i] < y[i] { x[i].mul_add(y[i], V::Elem::ONE) } else { V::Elem::ONE });
+            let (one, sum) = (V::splat(isa, V::Elem::ONE), lanes(v.mul_add(w, V::splat(isa, V::Elem::ONE))));
+            expect(level, "fma_where", &lanes(one.fma_where(lt, v, w)), |i| if x[i] < y[i] { sum[i] } else { V::Elem::ONE });
         }
     }
     // Every pattern of lanes (few enough of them for sixteen), each as a comparison, alone and with another.

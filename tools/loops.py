@@ -1,10 +1,10 @@
 """What the compiler made of the kernels' inner loops: their instructions, and what should not be among them.
 
 ``python tools/loops.py`` builds the library's example and prints, per kernel and instruction set, the innermost loops with vector
-arithmetic: instructions, spills to the stack and reloads from it, those of them at an index (an array of accumulators, in a loop that was to be
-unrolled), scalar float arithmetic, calls, and exits (bounds checks that were not folded into the loop's condition). Whatever stands between the first and last instruction of a loop counts, also what is hardly ever run.
-``--worst`` prints only the loops with spills, scalar arithmetic or calls. Needs objdump; ``--triple aarch64-unknown-linux-gnu`` a cross
-compiler too (RUSTC, OBJDUMP).
+arithmetic: instructions, spills to the stack and reloads from it, those of them at an index (an array of accumulators, in a loop that
+was to be unrolled), scalar float arithmetic, calls, and exits (bounds checks that were not folded into the loop's condition). Whatever
+stands between the first and last instruction of a loop counts, also what is hardly ever run. ``--worst`` prints only the loops with
+flaws. Needs objdump; ``--triple aarch64-unknown-linux-gnu`` a cross compiler too (RUSTC, OBJDUMP).
 """
 
 from __future__ import annotations
@@ -127,10 +127,8 @@ def main() -> None:
             print(f"| {kernel} | {level} | " + " | ".join(map(str, dataclasses.astuple(loop))) + " |")
     for level in sorted({level for _, level, _ in found}):
         of = [loop for _, where, loop in found if where == level]
-        flaws = [
-            f"{sum(getattr(loop, flaw) > 0 for loop in of)} with {what}"
-            for flaw, what in (("spills", "spills"), ("indexed", "indexed accumulators"), ("scalar", "scalar arithmetic"), ("calls", "calls"))
-        ]
+        kinds = [("spills", "spills"), ("indexed", "indexed accumulators"), ("scalar", "scalar arithmetic"), ("calls", "calls")]
+        flaws = [f"{sum(getattr(loop, flaw) > 0 for loop in of)} with {what}" for flaw, what in kinds]
         print(f"\n{level}: {len(of)} innermost loops, {', '.join(flaws)}")
 
 
