@@ -7,7 +7,7 @@
 //! [`sweep`](super::sweep).
 
 use crate::array::{Columns, ColumnsMut, DType, Element, Float, Span, SpanMut, Vf};
-use crate::simd::{Isa, Mask, Vector};
+use crate::simd::{Isa, Level, Mask, Vector};
 
 use super::finish::Tile;
 use super::math::{Exp, Split, SplitSum};
@@ -368,12 +368,23 @@ fn sum_block<S: Isa, T: Summand, const LIN: bool>(
         let end = classes.min(c + ADDITIONS * accumulators);
         let (mut rest, mut parts) = (SplitSum::zero(isa), [none; 4]);
         while c < end {
+            macro_rules! add {
+                ($u:expr) => {
+                    if c + 4 <= end || c + $u < end {
+                        let (part, number) = (&mut parts[$u % accumulators], (first + c + $u) as f64);
+                        add_class::<S, T, LIN>(isa, &of, store, x, (c + $u, j), dense, number, &mut rest, part, (&mut count, &mut arg))
+                    } else {
+                        zero
+                    }
+                };
+            }
             let mut four = [zero; 4];
-            // Every index of an accumulator is known to the compiler: otherwise all of them would live in memory.
-            for (u, q) in four.iter_mut().enumerate() {
-                if c + 4 <= end || c + u < end {
-                    let (part, number) = (&mut parts[u % accumulators], (first + c + u) as f64);
-                    *q = add_class::<S, T, LIN>(isa, &of, store, x, (c + u, j), dense, number, &mut rest, part, (&mut count, &mut arg));
+            if LIN && S::LEVEL != Level::Scalar {
+                // As a loop it would be too long for the compiler to unroll, and the accumulators in memory.
+                four = [add!(0), add!(1), add!(2), add!(3)];
+            } else {
+                for (u, q) in four.iter_mut().enumerate() {
+                    *q = add!(u);
                 }
             }
             rest.add(four);
