@@ -34,6 +34,7 @@ macro_rules! before {
     ($inner:ty) => {
         #[inline(always)]
         fn before<E>(self, at: *const E) -> (Self, *const E) {
+            #[allow(unknown_lints, clippy::pointers_in_nomem_asm_block)] // nothing is read there by this
             #[inline]
             #[target_feature(enable = "avx2")]
             fn tie<E>(mut v: $inner, mut at: *const E) -> ($inner, *const E) {
