@@ -14,7 +14,7 @@ MIB = 1 << 20
 linux = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 
-def python(code, *, env=(), drop=(), timeout=120, args=()):
+def python(code, *, env=(), drop=(), timeout=360, args=()):
     """Runs a script in a fresh interpreter and returns what it printed; its warnings are errors unless it says otherwise."""
     unset = {"CROSSENT_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "CROSSENT_SIMD", "CROSSENT_CACHE_MB", *drop}
     environment = {k: v for k, v in os.environ.items() if k not in unset} | dict(env)

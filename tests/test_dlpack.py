@@ -147,6 +147,19 @@ def test_producers_that_misbehave():
         ce.softmax(Versioned(X.astype(np.int32)))
 
 
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, SystemExit])
+def test_what_ends_more_than_a_call_passes(reason):
+    class Endless:
+        def __dlpack_device__(self):
+            return (1, 0)
+
+        def __dlpack__(self, **options):
+            raise reason
+
+    with pytest.raises(reason):
+        ce.softmax(Endless())
+
+
 def test_negated_views_are_refused():
     """PyTorch lends them as if their memory had their sign."""
 

@@ -348,6 +348,15 @@ def test_domains_of_the_options():
             assert "must" in message or "fit" in message
         for bad in ("1", [1.0], 1j, object()):
             refuses(TypeError, option, ce.cross_entropy, X, Y, **{option: bad})
+    # Where its inverse leaves the type of the computation nothing would be right.
+    single, double = X.astype(np.float32), X.astype(np.float64)
+    for bad in (1e-40, 1e-300):
+        for x in (single, X.astype(np.float16)):
+            assert "float32" in refuses(ValueError, "temperature", ce.cross_entropy, x, Y, temperature=bad)
+            assert "float32" in refuses(ValueError, "temperature", ce.kl_divergence, x, single, temperature=bad)
+        assert np.isfinite(ce.cross_entropy(double * bad, Y, temperature=bad))
+        assert np.isfinite(ce.kl_divergence(double * bad, single * 0, temperature=bad)).all()
+    assert np.isfinite(ce.cross_entropy(single * np.float32(1e-37), Y, temperature=1.2e-38))
     for bad in (-1e-300, -1.0, np.nan, -np.inf):
         s = np.ones(6)
         s[4] = bad

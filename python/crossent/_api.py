@@ -381,7 +381,7 @@ def cross_entropy(
     softcap : float, optional
         c > 0; the logits become c·tanh(x/c), before `temperature`.
     temperature : float, default 1
-        τ > 0, not subnormal; the logits become x/τ.
+        τ > 0, not subnormal in the type of the computation; the logits become x/τ.
     where : array_like of bool, optional
         Broadcasts to the logits. False entries have probability 0 and gradient 0, get no share of the smoothing, and are never read.
 
@@ -413,8 +413,9 @@ def cross_entropy(
         indices:        l = (1 − e)·w[y]·(−lp[y]) + (e/C)·Σ_c w[c]·(−lp[c]),    D = Σ w[y]
         probabilities:  T = P·(1 − e) + e/C,  l = −Σ_c w[c]·T[c]·lp[c],         D = number of rows
 
-    as in PyTorch, on any axis. Float32 and float64 losses are within 4 ULP of the exact value for the given logits. Computed in float32, in
-    float64 for float64. The same bits for every number of threads; a row's loss does not depend on other rows.
+    as in PyTorch, on any axis. Float32 and float64 losses are within 4 ULP of the exact value for the given logits; with `softcap`, or a
+    `temperature` of float64 logits, for logits bent that way to within a rounding each. Computed in float32, in float64 for float64. The
+    same bits for every number of threads; a row's loss does not depend on other rows.
 
     ============================================  ===========  ====  =====
     case                                          mean         sum   none
@@ -513,6 +514,7 @@ def cross_entropy_with_grad(
         probabilities:  p·Σ_c(w·T) − w·T
 
     Entries are within 8 ULP of the exact value, also where it is tiny: the true class of a confident row has −Σ of the others, never p − 1.
+    (Of smoothed targets and probabilities, where p and the target nearly cancel, of the larger of the two; options as for the loss.)
     Each is rounded once to the logits' dtype. A −inf logit has gradient 0, or −1 at the target; a row of nan loss has gradients nan.
 
     Examples

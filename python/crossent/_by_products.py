@@ -209,7 +209,7 @@ def kl_divergence(
     axis : int, default -1
         The class axis.
     temperature : float, default 1
-        τ > 0, for both. The result is not multiplied by τ².
+        τ > 0, not subnormal in the type of the computation; for both. The result is not multiplied by τ².
     reduction : {"none", "mean", "sum"}
         One divergence per row, their mean (over all rows), or their sum.
 

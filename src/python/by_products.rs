@@ -168,7 +168,8 @@ fn kl<'py>(
             show(p.shape())
         )));
     }
-    let temperature = options::number(temperature, "temperature", "a positive finite number", options::positive)?;
+    let wider = if p.dtype() == DType::F64 { p.dtype() } else { q.dtype() };
+    let temperature = options::temperature(temperature, wider)?;
     let reduction = options::reduction(reduction)?;
     let described = describe(&q, "q_logits", axis);
     let grad = match with_grad {

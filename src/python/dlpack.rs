@@ -3,7 +3,7 @@
 use core::ffi::{CStr, c_void};
 use core::ptr::NonNull;
 
-use pyo3::exceptions::{PyAttributeError, PyTypeError};
+use pyo3::exceptions::{PyAttributeError, PyException, PyTypeError};
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -131,7 +131,8 @@ fn export<'py>(object: &Bound<'py, PyAny>, argument: &str) -> PyResult<Bound<'py
 /// What the producer said when it would not lend, with the remedy where the reason is known.
 fn refused(object: &Bound<'_, PyAny>, argument: &str, error: PyErr) -> PyErr {
     let py = object.py();
-    if error.is_instance_of::<PyAttributeError>(py) {
+    // What is no `Exception` means to end more than this call.
+    if error.is_instance_of::<PyAttributeError>(py) || !error.is_instance_of::<PyException>(py) {
         return error;
     }
     let learns = object.getattr("requires_grad").and_then(|flag| flag.is_truthy()).unwrap_or(false);

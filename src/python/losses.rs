@@ -10,7 +10,7 @@ use super::errors::{Context, value_error};
 use super::options;
 use super::results::Output;
 use super::targets::{self, Logits};
-use crate::array::Dims;
+use crate::array::{DType, Dims};
 use crate::ops::{self, Grad, LossOptions, Reduction, Target};
 
 type Object<'a, 'py> = &'a Bound<'py, PyAny>;
@@ -134,7 +134,7 @@ impl<'py> Parsed<'py> {
     const OFF: Self =
         Self { label_smoothing: 0.0, sample_weight: None, normalizer: None, z_loss: 0.0, softcap: None, temperature: 1.0, mask: None };
 
-    fn new(extra: &Extra<'_, 'py>, logits: &Logits<'_>) -> PyResult<Self> {
+    fn new(extra: &Extra<'_, 'py>, logits: &Logits<'_>, dtype: DType) -> PyResult<Self> {
         const POSITIVE: &str = "a positive finite number";
         Ok(Self {
             label_smoothing: options::number(extra.label_smoothing, "label_smoothing", "in [0, 1]", |e| (0.0..=1.0).contains(&e))?,
@@ -142,7 +142,7 @@ impl<'py> Parsed<'py> {
             normalizer: options::optional(extra.normalizer, "normalizer", POSITIVE, options::positive)?,
             z_loss: options::number(extra.z_loss, "z_loss", "a finite number", f64::is_finite)?,
             softcap: options::optional(extra.softcap, "softcap", POSITIVE, options::positive)?,
-            temperature: options::number(extra.temperature, "temperature", "a positive finite number, not subnormal", options::divides)?,
+            temperature: options::temperature(extra.temperature, dtype)?,
             mask: targets::mask(extra.mask, logits)?,
         })
     }
@@ -218,7 +218,7 @@ fn loss<'py>(
 
     let reduction = options::reduction(common.reduction)?;
     let mut ignore_index = if common.ignore_index.is_none() { None } else { Some(options::integer(common.ignore_index, "ignore_index")?) };
-    let parsed = extra.map_or(Ok(Parsed::OFF), |extra| Parsed::new(extra, &logits))?;
+    let parsed = extra.map_or(Ok(Parsed::OFF), |extra| Parsed::new(extra, &logits, x.dtype()))?;
     let weight = targets::weight(common.weight, &logits)?;
     let goal = if extra.is_some() { targets::any(common.target, &logits)? } else { targets::indices(common.target, &logits)? };
     if goal.is_probable() {

@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyString, PyTuple};
 
 use super::errors::{axis_error, float, type_error, type_name, value_error};
-use crate::array::Dims;
+use crate::array::{DType, Dims};
 use crate::ops::Reduction;
 
 /// `operator.index` into 64 bits.
@@ -79,9 +79,13 @@ pub(super) fn positive(value: f64) -> bool {
     value > 0.0 && value.is_finite()
 }
 
-/// Positive, and so is its inverse.
-pub(super) fn divides(value: f64) -> bool {
-    positive(value) && value.is_normal()
+/// Positive, and so is its inverse in the type that logits of `dtype` are computed in.
+pub(super) fn temperature(object: &Bound<'_, PyAny>, dtype: DType) -> PyResult<f64> {
+    if dtype == DType::F64 {
+        return number(object, "temperature", "a positive finite number, not subnormal", |value| positive(value) && value.is_normal());
+    }
+    let least = f64::from(f32::MIN_POSITIVE);
+    number(object, "temperature", "a positive finite number, not subnormal in float32", |value| value.is_finite() && value >= least)
 }
 
 pub(super) fn reduction(object: &Bound<'_, PyAny>) -> PyResult<Reduction> {
