@@ -262,6 +262,14 @@ const fn in_order<S: Isa, T: Real, M: Making<T>>() -> bool {
     S::REGISTERS < 32 && matches!(T::DTYPE, DType::F32) && !M::MADE
 }
 
+/// Whether the vectors of a group are written out: as a loop they would be too long for the compiler to unroll, and the accumulators in memory. (What it
+/// does unroll it does better by itself, but where the order matters.)
+#[inline(always)]
+const fn written_out<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const CAP: bool, const TOP: bool>() -> bool {
+    let few = S::REGISTERS < 32;
+    !matches!(S::LEVEL, Level::Scalar) && (LIN || few && (TOP || matches!(T::DTYPE, DType::F64)) || in_order::<S, T, M>() && (KEEP || !CAP))
+}
+
 /// Vector `u` of a group, `bent` if logits are capped (and its slope); see [`pass`].
 #[inline(always)]
 fn add_vector<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const CAP: bool, const TOP: bool>(
@@ -352,8 +360,7 @@ fn pass<S: Isa, T: Real, M: Making<T>, const LIN: bool, const KEEP: bool, const 
                 bent = cap.near(isa, [x.load(isa, 0), x.load(isa, step), x.load(isa, 2 * step), x.load(isa, 3 * step)]);
             }
             let group = &mut Group { x, next, t, dst };
-            if S::LEVEL != Level::Scalar && (LIN || TOP && S::REGISTERS < 32 || in_order::<S, T, M>() && (KEEP || !CAP)) {
-                // As a loop it would be too long for the compiler to unroll, and the accumulators in memory.
+            if written_out::<S, T, M, LIN, KEEP, CAP, TOP>() {
                 add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 0, bent[0], group, to);
                 add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 1, bent[1], group, to);
                 add_vector::<S, T, M, LIN, KEEP, CAP, TOP>(isa, at, 2, bent[2], group, to);

@@ -147,8 +147,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                     None => chains_max(isa, x.row(first + r), &mut peaks, r * chains),
                 };
                 if apart::<S, T>(x.len()) && (from.is_some() || back) {
-                    // Which chain holds the maximum is not known: all may.
-                    (0..chains).for_each(|k| peaks[(r * chains + k) % CHAINS] = *top);
+                    all_may(&mut peaks, r * chains, chains, *top);
                 }
             }
         }
@@ -190,7 +189,7 @@ fn short<S: Isa, T: Summand, const STORE: bool>(isa: S, job: Short<T>) -> bool {
                 if let Some(next) = next {
                     tops[r] = chains_max(isa, next, &mut peaks, r * chains);
                     if back {
-                        (0..chains).for_each(|k| peaks[(r * chains + k) % CHAINS] = tops[r]);
+                        all_may(&mut peaks, r * chains, chains, tops[r]);
                     }
                 }
                 continue;
@@ -247,6 +246,14 @@ fn chains_max<S: Isa, T: Real>(isa: S, x: Span<T>, peaks: &mut [Vf<S, T>; CHAINS
         top = peak.max(top);
     }
     top
+}
+
+/// For the chains of a row where it is not known which of them holds the maximum: all may.
+#[inline(always)]
+fn all_may<V: Copy>(peaks: &mut [V; CHAINS], first: usize, chains: usize, top: V) {
+    for k in first..first + chains {
+        peaks[k % CHAINS] = top;
+    }
 }
 
 /// What is known of a row, and of the one whose maximum was taken meanwhile.

@@ -376,7 +376,7 @@ pub trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = 
     #[must_use]
     fn count_where(self, mask: Self::Mask) -> Self;
 
-    /// `self` and `at` as they are; but the compiler does not know that of `at`, and reads nothing there before it has `self`. Where registers are few
+    /// `self` and `at` as they are, which spans rely on; but the compiler does not know that of `at`, and reads nothing there before it has `self`. Where registers are few
     /// that keeps it from mixing the chains of several vectors, constants and sums in memory: the processor mixes them by itself.
     #[must_use]
     #[inline(always)]
